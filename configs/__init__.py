@@ -1,0 +1,1 @@
+"""Experiment configurations, one file per model; see each docstring for its command."""

@@ -1,0 +1,1 @@
+"""Experiment entry points; each is a thin script over msa_jax."""

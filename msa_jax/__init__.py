@@ -1,0 +1,1 @@
+"""MiniMax Sparse Attention for JAX."""

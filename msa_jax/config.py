@@ -1,0 +1,273 @@
+"""Architecture configuration: frozen dataclasses that say which field is wrong and how to mend it.
+
+These describe a model and nothing else; what a training run adds (data, optimizer, mesh) is in
+`msa_jax.train.config`. Symbols follow `docs/architecture.md`: Hq query heads, Hkv KV heads,
+D head dim, Di index dim, Bk block size, K blocks kept per query and KV group.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+MixerKind = Literal["msa", "gqa"]
+Pooling = Literal["max", "lse", "mean"]
+Selector = Literal["learned", "strided", "random", "sliding_window", "oracle"]
+Activation = Literal["swiglu", "swiglu_oai"]
+Router = Literal["sigmoid", "softmax"]
+Remat = Literal["none", "full", "attention", "dots"]
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work; the message names the field and the mend."""
+
+
+def require(condition: bool, field: str, value: object, mend: str) -> None:
+    """Raises `ConfigError` naming `field` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field}={value!r}: {mend}")
+
+
+def require_choice(field: str, value: object, choices: object) -> None:
+    """Raises `ConfigError` unless `value` is one of the options of the Literal `choices`."""
+    options = get_args(choices)
+    require(value in options, field, value, f"choose one of {', '.join(map(repr, options))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One token mixer, `kind="msa"` (two-branch sparse) or `kind="gqa"` (dense).
+
+    A dense twin is the same config with another `kind`: it ignores the index-branch fields.
+
+    Attributes:
+      kind: which mixer to build.
+      num_heads: Hq. Multi-head attention is `num_kv_heads == num_heads`, multi-query is 1.
+      num_kv_heads: Hkv, the number of groups; divides `num_heads`.
+      head_dim: D.
+      rope_dim: how many leading dims of each head rotate (partial RoPE); 0 turns RoPE off.
+      rope_theta: RoPE base.
+      qk_norm: per-head RMSNorm with gain (1 + w) on q and k before RoPE.
+      window: `kind="gqa"` only: a query sees the last `window` tokens, itself included; 0 sees all.
+      block_size: Bk, tokens per block.
+      top_k: K, blocks kept per query and group, the forced ones included.
+      index_dim: Di.
+      index_norm: per-head RMSNorm on index queries and keys.
+      index_rope: partial RoPE on index queries and keys, `min(rope_dim, index_dim)` dims.
+      num_local_blocks: the query's own block and the ones just before it that are always kept.
+      num_sink_blocks: leading blocks of the document that are always kept.
+      pooling: token scores to block score.
+      selector: how the free blocks are chosen; anything but "learned" trains no index branch.
+      share_every: a layer computes a selection, the next `share_every - 1` layers reuse it.
+      detach_index_input: stop_gradient on the index branch's input (False diverges: an ablation).
+      implementation: kernel implementation for all attention ops; "auto" takes the best there is.
+    """
+
+    kind: MixerKind = "msa"
+    num_heads: int = 64
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    rope_dim: int = 64
+    rope_theta: float = 5e6
+    qk_norm: bool = True
+    window: int = 0
+    block_size: int = 128
+    top_k: int = 16
+    index_dim: int = 128
+    index_norm: bool = True
+    index_rope: bool = True
+    num_local_blocks: int = 1
+    num_sink_blocks: int = 0
+    pooling: Pooling = "max"
+    selector: Selector = "learned"
+    share_every: int = 1
+    detach_index_input: bool = True
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        require_choice("attention.kind", self.kind, MixerKind)
+        require_choice("attention.pooling", self.pooling, Pooling)
+        require_choice("attention.selector", self.selector, Selector)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "top_k", "index_dim"):
+            require(
+                getattr(self, name) >= 1, f"attention.{name}", getattr(self, name), "must be >= 1"
+            )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "attention.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide attention.num_heads={self.num_heads}",
+        )
+        require(
+            self.rope_dim % 2 == 0 and 0 <= self.rope_dim <= self.head_dim,
+            "attention.rope_dim",
+            self.rope_dim,
+            f"must be even and between 0 and attention.head_dim={self.head_dim}",
+        )
+        require(
+            not self.index_rope or self.index_rope_dim % 2 == 0,
+            "attention.index_dim",
+            self.index_dim,
+            "must be even where index_rope rotates all of it",
+        )
+        require(
+            self.window >= 0, "attention.window", self.window, "must be >= 0 (0 sees everything)"
+        )
+        require(
+            self.num_local_blocks >= 1,
+            "attention.num_local_blocks",
+            self.num_local_blocks,
+            "must be >= 1: a query always sees its own block",
+        )
+        require(
+            self.num_sink_blocks >= 0,
+            "attention.num_sink_blocks",
+            self.num_sink_blocks,
+            "must be >= 0",
+        )
+        forced = self.num_local_blocks + self.num_sink_blocks
+        require(
+            forced <= self.top_k,
+            "attention.top_k",
+            self.top_k,
+            f"must hold the {forced} forced blocks (num_local_blocks + num_sink_blocks)",
+        )
+        require(self.share_every >= 1, "attention.share_every", self.share_every, "must be >= 1")
+
+    @property
+    def index_rope_dim(self) -> int:
+        """Dims of the index branch that rotate: `rope_dim` truncated to `index_dim`."""
+        return min(self.rope_dim, self.index_dim) if self.index_rope else 0
+
+    @property
+    def learns_selection(self) -> bool:
+        """Whether a layer of this kind has an index branch to train."""
+        return self.kind == "msa" and self.selector == "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-experts feed-forward; `num_experts=0` makes every layer dense.
+
+    Attributes:
+      num_experts: routed experts per layer.
+      top_k: routed experts per token.
+      num_shared_experts: experts that every token visits, fused into one feed-forward.
+      expert_dim: inner width of one expert.
+      router: "sigmoid" chooses by score + a learned-free selection bias and weighs by the
+        renormalised scores; "softmax" renormalises the chosen probabilities and has a balance loss.
+      routed_scale: factor on the routed experts' output.
+      balance_weight: weight of the softmax router's load-balance loss.
+      bias_update_rate: step of the sigmoid router's selection bias toward equal load; 0 freezes it.
+    """
+
+    num_experts: int = 128
+    top_k: int = 4
+    num_shared_experts: int = 1
+    expert_dim: int = 3072
+    router: Router = "sigmoid"
+    routed_scale: float = 2.0
+    balance_weight: float = 0.01
+    bias_update_rate: float = 0.001
+
+    def __post_init__(self):
+        require_choice("moe.router", self.router, Router)
+        require(
+            self.num_experts >= 0, "moe.num_experts", self.num_experts, "must be >= 0 (0: dense)"
+        )
+        if self.num_experts == 0:
+            return
+        require(
+            1 <= self.top_k <= self.num_experts,
+            "moe.top_k",
+            self.top_k,
+            f"must be between 1 and moe.num_experts={self.num_experts}",
+        )
+        require(self.expert_dim >= 1, "moe.expert_dim", self.expert_dim, "must be >= 1")
+        require(
+            self.num_shared_experts >= 0,
+            "moe.num_shared_experts",
+            self.num_shared_experts,
+            "must be >= 0",
+        )
+        for name in ("balance_weight", "bias_update_rate"):
+            require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The trunk: a pre-norm decoder-only transformer.
+
+    Attributes:
+      vocab_size: token ids are below it.
+      d_model: residual width.
+      num_layers: decoder layers.
+      num_dense_layers: leading layers whose feed-forward is dense (all of them without experts).
+      num_full_attention_layers: leading layers with dense attention whatever `attention.kind` says.
+      ffn_dim: inner width of the dense feed-forward.
+      activation: "swiglu", or "swiglu_oai" with its clamps and (up + 1) gate.
+      norm_eps: epsilon of every RMSNorm.
+      tie_embeddings: the output head is the embedding transposed.
+      compute_dtype: activations and matmul inputs.
+      param_dtype: parameters and optimizer state.
+      scan_layers: `lax.scan` over equal layers; False unrolls (same numbers, for debugging).
+      remat: which activations the backward pass recomputes, see `msa_jax.model.remat_policy`.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 2048
+    num_layers: int = 16
+    num_dense_layers: int = 0
+    num_full_attention_layers: int = 0
+    ffn_dim: int = 8192
+    activation: Activation = "swiglu"
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    compute_dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        require_choice("model.activation", self.activation, Activation)
+        require_choice("model.remat", self.remat, Remat)
+        for name in ("vocab_size", "d_model", "num_layers", "ffn_dim"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+        for name in ("num_dense_layers", "num_full_attention_layers"):
+            require(
+                0 <= getattr(self, name) <= self.num_layers,
+                f"model.{name}",
+                getattr(self, name),
+                f"must be between 0 and model.num_layers={self.num_layers}",
+            )
+        for name in ("compute_dtype", "param_dtype"):
+            dtypes = ("bfloat16", "float16", "float32", "float64")
+            require(
+                getattr(self, name) in dtypes,
+                f"model.{name}",
+                getattr(self, name),
+                f"choose one of {', '.join(dtypes)}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchitectureConfig:
+    """Everything that determines a model's function and parameters."""
+
+    model: ModelConfig = ModelConfig()
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """The mixer of one layer: dense attention in the leading full-attention layers."""
+        if layer < self.model.num_full_attention_layers and self.attention.kind != "gqa":
+            return dataclasses.replace(self.attention, kind="gqa", window=0)
+        return self.attention
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer's feed-forward is a mixture of experts."""
+        return self.moe.num_experts > 0 and layer >= self.model.num_dense_layers
+
+    def computes_selection(self, layer: int) -> bool:
+        """Whether this layer selects its own blocks (the others reuse the last selection)."""
+        first = self.model.num_full_attention_layers
+        mixer = self.attention_of(layer)
+        return mixer.kind == "msa" and (layer - first) % mixer.share_every == 0

@@ -1,0 +1,1 @@
+"""Array-level operations of MiniMax Sparse Attention."""
