@@ -271,3 +271,8 @@ class ArchitectureConfig:
         first = self.model.num_full_attention_layers
         mixer = self.attention_of(layer)
         return mixer.kind == "msa" and (layer - first) % mixer.share_every == 0
+
+
+def dense_twin[T: ArchitectureConfig](config: T) -> T:
+    """The same model with dense attention (`attention.kind="gqa"`) and nothing else changed."""
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, kind="gqa"))
