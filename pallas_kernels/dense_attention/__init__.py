@@ -1,0 +1,1 @@
+"""The `dense_attention` op: `api` is its public function, `reference` its definition."""

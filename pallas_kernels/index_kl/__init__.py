@@ -1,0 +1,1 @@
+"""The `index_kl` op: `api` is its public function, `reference` its definition."""

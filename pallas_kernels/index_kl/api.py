@@ -1,0 +1,81 @@
+"""`index_kl`: the loss that teaches the index branch to imitate the main branch."""
+
+import math
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import check_heads, check_index, check_query_fit, check_segments
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.index_kl import reference
+from pallas_kernels.selection import BlockSelection
+from pallas_kernels.sharding import shard_over_batch_and_heads
+
+IMPLEMENTATIONS = {"reference": reference.index_kl}
+
+
+class IndexKL(NamedTuple):
+    """Per query and group, in nats; 0 and -inf for padding."""
+
+    kl: Float[Array, "B Hkv T"]
+    index_lse: Float[Array, "B Hkv T"]
+
+
+def index_kl(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    index_q: Float[Array, "B T Hkv Di"],
+    index_k: Float[Array, "B S Di"],
+    selection: BlockSelection | None = None,
+    *,
+    scale: float | None = None,
+    index_scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, "B"] = 0,
+    implementation: Implementation = None,
+) -> IndexKL:
+    """KL(teacher || student) per query and KV group, over token probabilities (arXiv 2606.13392).
+
+    The support is the visible tokens of the selected blocks, or everything visible without a
+    selection (dense warm-up). Teacher: softmax of the main scores per head, then the mean over the
+    group's heads. Student: softmax of the index scores. The teacher is a constant: the only
+    gradients are those of index_q and index_k, (student - teacher) per score.
+
+    Args:
+      q: main queries.
+      k: main keys.
+      index_q: index queries.
+      index_k: index keys.
+      selection: the support's blocks; None for the whole causal prefix.
+      scale: of the main scores, 1 / sqrt(D) by default.
+      index_scale: of the index scores, 1 / sqrt(Di) by default.
+      segment_ids: document of each key slot, 0 for padding; None for one document per row.
+      query_offset: the key slot of the first query, per row or for all.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      The divergence and the student's log-sum-exp over the support, both float32.
+
+    Raises:
+      ValueError: shapes that differ, or a document off a block boundary.
+    """
+    check_heads(q, k)
+    check_index(index_q, index_k)
+    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    block_ids, block_size = None, 1
+    if selection is not None:
+        block_ids, block_size = selection.block_ids, selection.block_size
+        check_segments(segment_ids, block_size)
+    run = dispatch("index_kl", IMPLEMENTATIONS, implementation)
+
+    def local(*arrays):
+        return run(
+            *arrays,
+            block_size=block_size,
+            scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+            index_scale=1 / math.sqrt(index_q.shape[-1]) if index_scale is None else index_scale,
+        )
+
+    layouts = ("b.h.", "b.h.", "b.h.", "b..", "bh..", "b.", "b")
+    sharded = shard_over_batch_and_heads(local, layouts, ("bh.", "bh."))
+    return IndexKL(*sharded(q, k, index_q, index_k, block_ids, segment_ids, query_offset))

@@ -1,0 +1,1 @@
+"""The `select_blocks` op: `api` is its public function, `reference` its definition."""

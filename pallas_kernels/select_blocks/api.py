@@ -1,0 +1,175 @@
+"""`select_blocks` and `select_pattern`: which key blocks each query and KV group attends to."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import (
+    check_blocks,
+    check_heads,
+    check_index,
+    check_query_fit,
+    check_segments,
+)
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.select_blocks import patterns, reference
+from pallas_kernels.selection import BlockSelection
+from pallas_kernels.sharding import shard_over_batch_and_heads
+
+POOLINGS = ("max", "lse", "mean")
+IMPLEMENTATIONS = {"reference": reference.select_blocks}
+
+
+def select_blocks(
+    index_q: Float[Array, "B T Hkv Di"],
+    index_k: Float[Array, "B S Di"],
+    *,
+    block_size: int = 128,
+    top_k: int = 16,
+    num_local_blocks: int = 1,
+    num_sink_blocks: int = 0,
+    pooling: str = "max",
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, "B"] = 0,
+    implementation: Implementation = None,
+) -> BlockSelection:
+    """Selects the K key blocks that each query of each KV group attends to (arXiv 2606.13392).
+
+    Token scores are index_q . index_k * scale in float32, masked to what the query sees, then
+    pooled per block. The forced blocks are always kept; the rest are the best others by score
+    descending, then lower block id. NaN counts as -inf and -0 equals +0; a block whose score is
+    -inf is never chosen. Groups select independently. There is no gradient.
+
+    Args:
+      index_q: index queries, one light head per KV group.
+      index_k: index keys, one head shared by all groups.
+      block_size: Bk, tokens per block.
+      top_k: K, blocks kept, the forced ones included.
+      num_local_blocks: the query's own block and the ones just before it, always kept; >= 1.
+      num_sink_blocks: leading blocks of the document, always kept.
+      pooling: "max", "lse" or "mean" of a block's visible token scores.
+      scale: of the scores, 1 / sqrt(Di) by default; it matters to "lse" pooling only.
+      segment_ids: document of each key slot, 0 for padding; None for one document per row.
+        Documents start on multiples of `block_size`.
+      query_offset: the key slot of the first query, per row or for all.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      The selection, block_ids [B, Hkv, T, K]; a padding query selects nothing.
+
+    Raises:
+      ValueError: an option out of range, a document off a block boundary, or shapes that differ.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
+    check_index(index_q, index_k)
+    check_blocks(block_size, top_k, num_local_blocks, num_sink_blocks)
+    check_query_fit(index_q.shape[1], index_k.shape[1], query_offset)
+    check_segments(segment_ids, block_size)
+    run = dispatch("select_blocks", IMPLEMENTATIONS, implementation)
+
+    def local(*arrays):
+        ids = run(
+            *arrays,
+            block_size=block_size,
+            top_k=top_k,
+            num_local_blocks=num_local_blocks,
+            num_sink_blocks=num_sink_blocks,
+            pooling=pooling,
+            scale=1 / math.sqrt(index_q.shape[-1]) if scale is None else scale,
+        )
+        return (ids,)
+
+    sharded = shard_over_batch_and_heads(local, ("b.h.", "b..", "b.", "b"), ("bh..",))
+    detached = jax.lax.stop_gradient((index_q, index_k))
+    (block_ids,) = sharded(*detached, segment_ids, query_offset)
+    return BlockSelection(block_ids, block_size)
+
+
+def select_pattern(
+    pattern: str,
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    *,
+    block_size: int = 128,
+    top_k: int = 16,
+    num_local_blocks: int = 1,
+    num_sink_blocks: int = 0,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, "B"] = 0,
+) -> BlockSelection:
+    """Selects blocks without an index branch, for baselines and analysis.
+
+    Args:
+      pattern: "sliding_window" keeps the nearest blocks, "strided" spreads them evenly over the
+        document's past, "random" draws them per query and group (the same in every call), "oracle"
+        keeps those with the most dense main-branch attention, at the cost of a dense pass.
+      q: main queries; patterns other than the oracle read their shape alone.
+      k: main keys.
+      block_size: Bk, tokens per block.
+      top_k: K, blocks kept, the forced ones included.
+      num_local_blocks: see `select_blocks`.
+      num_sink_blocks: see `select_blocks`.
+      scale: of the main scores, 1 / sqrt(D) by default.
+      segment_ids: see `select_blocks`.
+      query_offset: see `select_blocks`.
+
+    Returns:
+      The selection, as of `select_blocks`.
+
+    Raises:
+      ValueError: an unknown pattern, or as `select_blocks`.
+    """
+    if pattern not in patterns.PATTERNS:
+        raise ValueError(f"pattern={pattern!r}: choose one of {', '.join(patterns.PATTERNS)}")
+    check_heads(q, k)
+    check_blocks(block_size, top_k, num_local_blocks, num_sink_blocks)
+    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_segments(segment_ids, block_size)
+
+    def local(*arrays):
+        ids = patterns.select_pattern(
+            *arrays,
+            pattern=pattern,
+            block_size=block_size,
+            top_k=top_k,
+            num_local_blocks=num_local_blocks,
+            num_sink_blocks=num_sink_blocks,
+            scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        )
+        return (ids,)
+
+    sharded = shard_over_batch_and_heads(local, ("b.h.", "b.h.", "h", "b.", "b"), ("bh..",))
+    groups = jnp.arange(k.shape[2], dtype=jnp.int32)
+    (block_ids,) = sharded(*jax.lax.stop_gradient((q, k)), groups, segment_ids, query_offset)
+    return BlockSelection(block_ids, block_size)
+
+
+def main_block_mass(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    *,
+    block_size: int,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, "B"] = 0,
+) -> Float[Array, "B Hkv T N"]:
+    """Share of dense main-branch attention in each key block, the mean over a group's heads.
+
+    What selection is measured against. Costs a dense pass. Arguments and errors as
+    `select_pattern`; a row sums to 1, or to 0 for padding.
+    """
+    check_heads(q, k)
+    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_segments(segment_ids, block_size)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    def local(*arrays):
+        return (reference.main_block_mass(*arrays, block_size=block_size, scale=scale),)
+
+    sharded = shard_over_batch_and_heads(local, ("b.h.", "b.h.", "b.", "b"), ("bh..",))
+    return sharded(q, k, segment_ids, query_offset)[0]

@@ -1,0 +1,65 @@
+"""`sparse_attention`: the main branch, exact attention over selected blocks."""
+
+import math
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import check_heads, check_query_fit, check_segments
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.selection import BlockSelection
+from pallas_kernels.sharding import shard_over_batch_and_heads
+from pallas_kernels.sparse_attention import reference
+
+IMPLEMENTATIONS = {"reference": reference.sparse_attention}
+
+
+def sparse_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, "B"] = 0,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
+    """Softmax attention of each query over the visible tokens of its group's selected blocks.
+
+    The G = Hq / Hkv heads of a group share one selection. Differentiable in q, k and v.
+
+    Args:
+      q: main queries; head h belongs to group h // G.
+      k: main keys.
+      v: values.
+      selection: from `select_blocks`, for these queries and keys.
+      scale: of the scores, 1 / sqrt(D) by default.
+      segment_ids: document of each key slot, 0 for padding; None for one document per row.
+      query_offset: the key slot of the first query, per row or for all.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      The output in q's dtype, and the natural log-sum-exp of the scaled scores in float32. A row
+      with nothing visible (padding) has output 0 and log-sum-exp -inf.
+
+    Raises:
+      ValueError: shapes that differ, or a document off a block boundary.
+    """
+    check_heads(q, k)
+    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_segments(segment_ids, selection.block_size)
+    expected = (q.shape[0], k.shape[2], q.shape[1])
+    if selection.block_ids.shape[:3] != expected:
+        raise ValueError(
+            f"selection.block_ids is {selection.block_ids.shape}, it must be [B, Hkv, T, K] with "
+            f"(B, Hkv, T) = {expected}"
+        )
+    run = dispatch("sparse_attention", IMPLEMENTATIONS, implementation)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    def local(*arrays):
+        return run(*arrays, block_size=selection.block_size, scale=scale)
+
+    layouts = ("b.h.", "b.h.", "b.h.", "bh..", "b.", "b")
+    sharded = shard_over_batch_and_heads(local, layouts, ("b.h.", "bh."))
+    return sharded(q, k, v, selection.block_ids, segment_ids, query_offset)
