@@ -1,0 +1,19 @@
+"""Token mixers behind one interface (`msa_jax.attention.mixer`)."""
+
+from flax import nnx
+
+from msa_jax.attention.gqa import GQAttention
+from msa_jax.attention.mixer import Mixer, MixerOutput, Mode
+from msa_jax.attention.msa import MSAttention
+from msa_jax.config import AttentionConfig
+
+__all__ = ["GQAttention", "MSAttention", "Mixer", "MixerOutput", "Mode", "build_mixer"]
+
+
+def build_mixer(
+    config: AttentionConfig, d_model: int, *, computes_selection: bool, rngs: nnx.Rngs, **options
+) -> Mixer:
+    """The mixer that `config.kind` names; `options` as of the mixers' constructors."""
+    if config.kind == "gqa":
+        return GQAttention(config, d_model, rngs=rngs, **options)
+    return MSAttention(config, d_model, computes_selection=computes_selection, rngs=rngs, **options)

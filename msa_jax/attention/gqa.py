@@ -1,0 +1,88 @@
+"""Dense attention: grouped-query, and with it multi-head, multi-query and sliding-window."""
+
+from typing import Any
+
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from msa_jax.attention.mixer import MixerOutput, Mode
+from msa_jax.attention.projections import Projections, default_positions, refuse_packed_cache
+from msa_jax.cache import KVCache
+from msa_jax.config import AttentionConfig
+from pallas_kernels import dense_attention
+
+
+class GQAttention(nnx.Module):
+    """Causal softmax attention over everything in the document, or over a sliding window.
+
+    Multi-head attention is `num_kv_heads == num_heads`, multi-query attention `num_kv_heads=1`,
+    sliding-window attention `window > 0`.
+
+    Args:
+      config: heads, dims and window; index-branch fields are ignored.
+      d_model: width of x.
+      norm_eps: of the per-head norms.
+      dtype: of the matmuls.
+      param_dtype: of the weights.
+      output_scale: factor on the output matrix's initial deviation.
+      rngs: for the initial values.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        *,
+        norm_eps: float = 1e-6,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        output_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.main = Projections(
+            config,
+            d_model,
+            norm_eps=norm_eps,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            output_scale=output_scale,
+            rngs=rngs,
+        )
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        shared: Any = None,
+        mode: Mode = Mode(),
+    ) -> MixerOutput:
+        """See `Mixer`; reports nothing."""
+        refuse_packed_cache(segment_ids, cache)
+        offset = 0 if cache is None else cache.length
+        q, k, v = self.main.heads(x, default_positions(x, positions, cache))
+        if cache is not None:
+            cache = cache.append(k, v, None)
+            k, v = cache.k, cache.v
+        implementation = self.config.implementation
+        o = dense_attention(
+            q,
+            k,
+            v,
+            window=self.config.window,
+            segment_ids=segment_ids,
+            query_offset=offset,
+            implementation=None if implementation == "auto" else implementation,
+        )
+        y = self.main.output(checkpoint_name(o, "attention_out"))
+        return MixerOutput(y.astype(x.dtype), cache, shared, {})
+
+    def init_cache(self, batch: int, max_length: int) -> KVCache:
+        """See `Mixer`."""
+        heads = (self.config.num_kv_heads, self.config.head_dim)
+        return KVCache.empty(batch, max_length, *heads, index_dim=None, dtype=self.dtype)

@@ -1,0 +1,71 @@
+"""The one interface behind which every token mixer stands."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int
+
+from msa_jax.cache import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a forward pass runs; static, part of what is compiled.
+
+    Attributes:
+      phase: "warmup" attends densely and aligns the index branch over the whole causal prefix,
+        "sparse" attends to the selected blocks. Dense mixers are the same in both.
+      losses: compute the auxiliary losses, which evaluation and decoding do without.
+      diagnostics: compute the selection metrics, at the cost of a dense pass.
+    """
+
+    phase: Literal["warmup", "sparse"] = "sparse"
+    losses: bool = False
+    diagnostics: bool = False
+
+
+class MixerOutput(NamedTuple):
+    """What a mixer returns.
+
+    Attributes:
+      y: the output, shaped as x.
+      cache: the cache with these tokens in it, None if none was given.
+      shared: what this mixer lends to the layers above, for those that reuse a selection.
+      aux: scalars per layer by name; which ones is the mixer's own affair.
+    """
+
+    y: Float[Array, "B T M"]
+    cache: KVCache | None
+    shared: Any
+    aux: dict[str, Array]
+
+
+class Mixer(Protocol):
+    """A causal map from a sequence to a sequence."""
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        shared: Any = None,
+        mode: Mode = Mode(),
+    ) -> MixerOutput:
+        """Mixes tokens within documents.
+
+        Args:
+          x: layer input, already normed.
+          positions: place of each token in its document; by default counted from the cached ones.
+          segment_ids: document of each token, 0 for padding; None for one document per row.
+            Not together with a cache.
+          cache: tokens seen before, one document per row.
+          shared: `MixerOutput.shared` of the layer below.
+          mode: see `Mode`.
+        """
+        ...
+
+    def init_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `max_length` tokens per row."""
+        ...

@@ -1,0 +1,1 @@
+"""Building blocks: normalisation, rotary embedding, feed-forward, mixture of experts, embedding."""
