@@ -72,7 +72,7 @@ def text_config(num_layers, num_kv_heads, index_dim, num_local_blocks):
         num_local_experts=8,
         num_experts_per_tok=3,
         intermediate_size=20,
-        shared_intermediate_size=28,
+        shared_intermediate_size=20,
         dense_intermediate_size=48,
         bos_token_id=None,
         eos_token_id=None,
