@@ -6,7 +6,8 @@ Each section validates itself; `ExperimentConfig` checks what spans sections.
 
 import dataclasses
 import typing
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import ml_collections
 
@@ -249,37 +250,46 @@ class ExperimentConfig(ArchitectureConfig):
         return ArchitectureConfig(self.model, self.attention, self.moe)
 
 
-def to_config_dict(config: object) -> ml_collections.ConfigDict:
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A dataclass, nested ones included, as a type-checked ConfigDict that flags can edit."""
     return ml_collections.ConfigDict(dataclasses.asdict(config), convert_dict=True)
 
 
-def from_config_dict[T](cls: type[T], values: typing.Mapping[str, object], path: str = "") -> T:
+def from_config_dict[T](
+    cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, path: str = ""
+) -> T:
     """Builds dataclass `cls` from (possibly partial) nested `values`.
 
     Raises:
       ConfigError: an unknown key, a value of the wrong type, or one the dataclass refuses.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = {field.name: typing.get_type_hints(cls)[field.name] for field in _fields(cls)}
     arguments = {}
     for key, value in values.items():
         name = f"{path}{key}"
-        if key not in fields:
-            known = ", ".join(sorted(fields))
+        if key not in hints:
+            known = ", ".join(sorted(hints))
             raise ConfigError(f"{name}: no such field; {path or 'the config '}has {known}")
         if dataclasses.is_dataclass(hints[key]):
+            section = isinstance(value, Mapping | ml_collections.ConfigDict)
+            require(section, name, value, "must be a section with fields")
             arguments[key] = from_config_dict(hints[key], value, f"{name}.")
         else:
             arguments[key] = _coerce(name, value, hints[key])
     return cls(**arguments)
 
 
-def _coerce(name: str, value: object, hint: object) -> object:
+def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(cls)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type: ints widen to float, nothing else changes type."""
-    kind = str if typing.get_origin(hint) is Literal else hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if typing.get_origin(hint) is Literal:
+        require_choice(name, value, hint)
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    require(fits, name, value, f"must be of type {kind.__name__}")
+    fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(fits, name, value, f"must be of type {hint.__name__}")
     return value
