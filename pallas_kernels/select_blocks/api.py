@@ -39,9 +39,9 @@ def select_blocks(
     """Selects the K key blocks that each query of each KV group attends to (arXiv 2606.13392).
 
     Token scores are index_q . index_k * scale in float32, masked to what the query sees, then
-    pooled per block. The forced blocks are always kept; the rest are the best others by score
-    descending, then lower block id. NaN counts as -inf and -0 equals +0; a block whose score is
-    -inf is never chosen. Groups select independently. There is no gradient.
+    pooled per block; a NaN token score counts as -inf. The forced blocks are always kept; the rest
+    are the best others by score descending, then lower block id. -0 equals +0, and a block whose
+    score is -inf or NaN is never chosen. Groups select independently. There is no gradient.
 
     Args:
       index_q: index queries, one light head per KV group.

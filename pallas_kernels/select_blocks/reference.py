@@ -69,17 +69,17 @@ def index_scores(
 def pool_blocks(
     scores: Float[Array, "B H T S"], visible: Bool[Array, "B 1 T S"], block_size: int, pooling: str
 ) -> Float[Array, "B H T N"]:
-    """m[i, b, r]: visible token scores to block scores; -inf where nothing is visible or NaN."""
-    scores = split_blocks(jnp.where(visible, scores, -jnp.inf), block_size, -jnp.inf)
-    visible = split_blocks(visible, block_size, False)
+    """m[i, b, r]: visible token scores to block scores; -inf where nothing is visible."""
+    # NaN counts as -inf per token: a maximum keeps or drops it as the platform likes.
+    scores = jnp.where(visible & ~jnp.isnan(scores), scores, -jnp.inf)
+    scores = split_blocks(scores, block_size, -jnp.inf)
     if pooling == "max":
-        blocks = scores.max(-1)
-    elif pooling == "lse":
-        _, blocks = masked_log_sum_exp(scores, visible)
-    else:
-        total = jnp.where(visible, scores, 0).sum(-1)
-        blocks = jnp.where(visible.any(-1), total / jnp.maximum(visible.sum(-1), 1), -jnp.inf)
-    return jnp.where(jnp.isnan(blocks), -jnp.inf, blocks)
+        return scores.max(-1)
+    if pooling == "lse":
+        return jax.nn.logsumexp(scores, axis=-1)
+    visible = split_blocks(visible, block_size, False)
+    total = jnp.where(visible, scores, 0).sum(-1)
+    return jnp.where(visible.any(-1), total / jnp.maximum(visible.sum(-1), 1), -jnp.inf)
 
 
 def split_blocks(array: Array, block_size: int, fill: float | bool) -> Array:
@@ -119,6 +119,7 @@ def choose_blocks(
     blocks: Float[Array, "B H T N"], forced: Bool[Array, "B #H T N"], top_k: int
 ) -> Int[Array, "B H T K"]:
     """Exact top-k: forced blocks, then score descending, then lower id; -inf is never chosen."""
+    blocks = jnp.where(jnp.isnan(blocks), -jnp.inf, blocks)
     blocks = jnp.where(blocks == 0, 0, blocks)  # -0 equals +0; a total order would not say so
     blocks = jnp.minimum(blocks, jnp.finfo(blocks.dtype).max)  # an overflow is not a forced block
     blocks = jnp.where(forced, jnp.inf, blocks)
