@@ -17,11 +17,13 @@ class Mode:
         "sparse" attends to the selected blocks. Dense mixers are the same in both.
       losses: compute the auxiliary losses, which evaluation and decoding do without.
       diagnostics: compute the selection metrics, at the cost of a dense pass.
+      selections: report the block ids themselves, as `aux["block_ids"]` [B, Hkv, T, K].
     """
 
     phase: Literal["warmup", "sparse"] = "sparse"
     losses: bool = False
     diagnostics: bool = False
+    selections: bool = False
 
 
 class MixerOutput(NamedTuple):
@@ -31,7 +33,7 @@ class MixerOutput(NamedTuple):
       y: the output, shaped as x.
       cache: the cache with these tokens in it, None if none was given.
       shared: what this mixer lends to the layers above, for those that reuse a selection.
-      aux: scalars per layer by name; which ones is the mixer's own affair.
+      aux: what this layer reports, by name; mostly scalars.
     """
 
     y: Float[Array, "B T M"]

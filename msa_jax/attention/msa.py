@@ -144,7 +144,7 @@ class MSAttention(nnx.Module):
         )
 
         selection = None
-        if mode.phase == "sparse" or mode.diagnostics:
+        if mode.phase == "sparse" or mode.diagnostics or mode.selections:
             selection = self._select(q, k, index_q, index_k, shared, implementation, **place)
         if mode.phase == "warmup":
             o = dense_attention(q, k, v, implementation=implementation, **place)
@@ -161,6 +161,8 @@ class MSAttention(nnx.Module):
             aux["index_kl"] = _mean_over_real(kl, segment_ids)
         if mode.diagnostics and self.computes_selection:
             aux |= selection_metrics(q, k, selection, self.config, **place)
+        if mode.selections and self.computes_selection:
+            aux["block_ids"] = selection.block_ids
         return MixerOutput(y.astype(x.dtype), cache, selection, aux)
 
     def _select(self, q, k, index_q, index_k, shared, implementation, **place) -> BlockSelection:
