@@ -10,7 +10,7 @@ from flax import nnx
 
 from msa_jax.attention import GQAttention, Mode, msa
 from msa_jax.config import ArchitectureConfig, AttentionConfig, ModelConfig, MoEConfig
-from msa_jax.model import Block, Transformer
+from msa_jax.model import Block, Transformer, plan_stages
 from msa_jax.nn.moe import MoE
 from pallas_kernels import BlockSelection
 
@@ -53,8 +53,9 @@ def without_values(make):
 
 
 def put(param, array):
+    """Sets a parameter; to numpy, which casts and stacks without compiling anything."""
     assert param.shape == array.shape
-    param.set_value(jnp.asarray(array, param.dtype))
+    param.set_value(array.astype(param.dtype))
 
 
 @jax.jit
@@ -129,7 +130,7 @@ def attention_layer(golden, dtype):
 def test_attention_layer(num_groups, dtype):
     """Projections, norms, RoPE, selection and output; no score of the golden is near a tie."""
     golden = attention_golden(num_groups)
-    out = run(attention_layer(golden, dtype), jnp.asarray(golden["x"], dtype))
+    out = run(attention_layer(golden, dtype), golden["x"].astype(dtype))
     np.testing.assert_array_equal(out.shared.block_ids, golden["block_ids"])
     assert_parity(out.y, golden, "y")
 
@@ -156,7 +157,7 @@ def test_one_selection_for_all_groups_is_far_off(num_groups, monkeypatch):
     golden = attention_golden(num_groups)
     attention = attention_layer(golden, "float32")
     monkeypatch.setattr(msa, "select_blocks", selection_of_the_best_head)
-    x = jnp.asarray(golden["x"], jnp.float32)
+    x = golden["x"].astype("float32")
     out = jax.jit(lambda layer, x: layer(x))(attention, x)  # not `run`: it may remember the op
 
     # The first 4 blocks of queries see no more than 4 blocks, so there every rule agrees.
@@ -170,7 +171,7 @@ def test_one_selection_for_all_groups_is_far_off(num_groups, monkeypatch):
         assert_parity(out.y, golden, "y")
 
 
-def architecture(dtype, scan_layers=True):
+def architecture(dtype):
     return ArchitectureConfig(
         model=ModelConfig(
             vocab_size=56,
@@ -182,7 +183,6 @@ def architecture(dtype, scan_layers=True):
             activation="swiglu_oai",
             compute_dtype=dtype,
             param_dtype=dtype,
-            scan_layers=scan_layers,
         ),
         attention=attention_config(num_local_blocks=2),
         moe=MoEConfig(num_experts=NUM_EXPERTS, top_k=3, expert_dim=20, routed_scale=2.0),
@@ -200,7 +200,7 @@ def experts_layer(golden, dtype):
 def test_mixture_of_experts(dtype):
     """Router with a correction bias, renormalised and scaled weights, clamps, shared expert."""
     golden = load("minimax_m3_model.npz")
-    y = run(experts_layer(golden, dtype), jnp.asarray(golden["x"], dtype)).y
+    y = run(experts_layer(golden, dtype), golden["x"].astype(dtype)).y
     assert_parity(y, golden, "moe.y")
 
 
@@ -208,44 +208,42 @@ def test_the_correction_bias_decides_some_choices():
     golden = load("minimax_m3_model.npz")
     moe = experts_layer(golden, "float32")
     put(moe.selection_bias, np.zeros(NUM_EXPERTS))
-    y = run(moe, jnp.asarray(golden["x"], jnp.float32)).y
+    y = run(moe, golden["x"].astype("float32")).y
     rerouted = np.abs(y - golden["moe.y.float64"]).max(-1) > 1e-3
     assert 0.1 < rerouted.mean() < 0.9
 
 
-def transformer(golden, dtype, scan_layers):
+def decoder_block(kind, layer, golden, dtype):
+    block = without_values(lambda rngs: Block(kind, architecture(dtype), rngs=rngs))
+    put_block(block, golden, f"{DECODER}layers.{layer}.")
+    return block
+
+
+def transformer(golden, dtype):
     """The model with released weights; stages hold equal neighbouring layers, stacked."""
-    config = architecture(dtype, scan_layers)
-    model = without_values(lambda rngs: Transformer(config, rngs=rngs))
+    model = without_values(lambda rngs: Transformer(architecture(dtype), rngs=rngs))
     put(model.embedding.table, golden[f"{DECODER}embed_tokens.weight"])
     put(model.embedding.head, golden["language_model.lm_head.weight"].T)
     put(model.final_norm.weight, golden[f"{DECODER}norm.weight"])
     layer = 0
-    for index, stage in enumerate(model.plan):
-        (kind,) = stage.kinds
-        blocks = []
-        for _ in range(stage.repeats):
-            blocks.append(without_values(lambda rngs, kind=kind: Block(kind, config, rngs=rngs)))
-            put_block(blocks[-1], golden, f"{DECODER}layers.{layer}.")
-            layer += 1
-        model.stages[index] = nnx.List([jax.tree.map(lambda *ws: jnp.stack(ws), *blocks)])
-    assert layer == config.model.num_layers
+    for index, ((kind,), repeats) in enumerate(model.plan):
+        blocks = [decoder_block(kind, layer + i, golden, dtype) for i in range(repeats)]
+        model.stages[index] = nnx.List([jax.tree.map(lambda *ws: np.stack(ws), *blocks)])
+        layer += repeats
     return model
 
 
 def test_decoder_layer(dtype):
     golden = load("minimax_m3_model.npz")
-    model = transformer(golden, dtype, scan_layers=False)
-    block = jax.tree.map(lambda w: w[0], model.stages[1][0])
+    (kind,) = plan_stages(architecture(dtype))[1].kinds
+    block = decoder_block(kind, 1, golden, dtype)
     nothing = dict.fromkeys(("positions", "segment_ids", "cache", "shared"))
     call = jax.jit(lambda block, x: block(x, **nothing, mode=Mode())[0])
-    y = call(block, jnp.asarray(golden["x"], dtype))
-    assert_parity(y, golden, "layer.y")
+    assert_parity(call(block, golden["x"].astype(dtype)), golden, "layer.y")
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_tokens_to_logits(scan_layers, dtype):
+def test_tokens_to_logits(dtype):
     """One dense layer, two with sparse attention and experts; two local blocks."""
     golden = load("minimax_m3_model.npz")
-    logits = run(transformer(golden, dtype, scan_layers), jnp.asarray(golden["tokens"])).logits
+    logits = run(transformer(golden, dtype), golden["tokens"]).logits
     assert_parity(logits, golden, "logits")
