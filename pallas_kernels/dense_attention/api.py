@@ -4,7 +4,7 @@ import math
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_heads, check_query_fit
+from pallas_kernels.checks import check_heads, check_slots
 from pallas_kernels.dense_attention import cudnn, reference
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.sharding import shard_over_batch_and_heads
@@ -47,10 +47,12 @@ def dense_attention(
       output 0 and log-sum-exp -inf.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: shapes that differ, or a negative window.
     """
-    check_heads(q, k)
-    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_heads(q, k, v)
+    check_slots(q, k, segment_ids, query_offset)
+    if window < 0:
+        raise ValueError(f"window={window} must be >= 1, or 0 for no window")
     run = dispatch("dense_attention", IMPLEMENTATIONS, implementation)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
@@ -62,4 +64,8 @@ def dense_attention(
     results = shard_over_batch_and_heads(local, layouts, outputs)(
         q, k, v, segment_ids, query_offset
     )
-    return results if return_lse else results[0]
+    if return_lse:
+        o, lse = results
+        return o, lse
+    (o,) = results
+    return o

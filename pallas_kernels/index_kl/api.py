@@ -5,7 +5,14 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_heads, check_index, check_query_fit, check_segments
+from pallas_kernels.checks import (
+    check_heads,
+    check_index,
+    check_index_fits,
+    check_segments,
+    check_selection,
+    check_slots,
+)
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.index_kl import reference
 from pallas_kernels.selection import BlockSelection
@@ -61,10 +68,12 @@ def index_kl(
     """
     check_heads(q, k)
     check_index(index_q, index_k)
-    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_index_fits(index_q, index_k, q, k)
+    check_slots(q, k, segment_ids, query_offset)
     block_ids, block_size = None, 1
     if selection is not None:
         block_ids, block_size = selection.block_ids, selection.block_size
+        check_selection(block_ids, q, k)
         check_segments(segment_ids, block_size)
     run = dispatch("index_kl", IMPLEMENTATIONS, implementation)
 

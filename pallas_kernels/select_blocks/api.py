@@ -10,8 +10,8 @@ from pallas_kernels.checks import (
     check_blocks,
     check_heads,
     check_index,
-    check_query_fit,
     check_segments,
+    check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.select_blocks import patterns, reference
@@ -67,7 +67,7 @@ def select_blocks(
         raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
     check_index(index_q, index_k)
     check_blocks(block_size, top_k, num_local_blocks, num_sink_blocks)
-    check_query_fit(index_q.shape[1], index_k.shape[1], query_offset)
+    check_slots(index_q, index_k, segment_ids, query_offset)
     check_segments(segment_ids, block_size)
     run = dispatch("select_blocks", IMPLEMENTATIONS, implementation)
 
@@ -128,7 +128,7 @@ def select_pattern(
         raise ValueError(f"pattern={pattern!r}: choose one of {', '.join(patterns.PATTERNS)}")
     check_heads(q, k)
     check_blocks(block_size, top_k, num_local_blocks, num_sink_blocks)
-    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_slots(q, k, segment_ids, query_offset)
     check_segments(segment_ids, block_size)
 
     def local(*arrays):
@@ -164,7 +164,7 @@ def main_block_mass(
     `select_pattern`; a row sums to 1, or to 0 for padding.
     """
     check_heads(q, k)
-    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_slots(q, k, segment_ids, query_offset)
     check_segments(segment_ids, block_size)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 

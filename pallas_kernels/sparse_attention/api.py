@@ -4,7 +4,7 @@ import math
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_heads, check_query_fit, check_segments
+from pallas_kernels.checks import check_heads, check_segments, check_selection, check_slots
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_and_heads
@@ -45,15 +45,10 @@ def sparse_attention(
     Raises:
       ValueError: shapes that differ, or a document off a block boundary.
     """
-    check_heads(q, k)
-    check_query_fit(q.shape[1], k.shape[1], query_offset)
+    check_heads(q, k, v)
+    check_slots(q, k, segment_ids, query_offset)
+    check_selection(selection.block_ids, q, k)
     check_segments(segment_ids, selection.block_size)
-    expected = (q.shape[0], k.shape[2], q.shape[1])
-    if selection.block_ids.shape[:3] != expected:
-        raise ValueError(
-            f"selection.block_ids is {selection.block_ids.shape}, it must be [B, Hkv, T, K] with "
-            f"(B, Hkv, T) = {expected}"
-        )
     run = dispatch("sparse_attention", IMPLEMENTATIONS, implementation)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
