@@ -1,0 +1,230 @@
+"""The data pipeline: from a `DataConfig` to batches, deterministic and checkpointable.
+
+    chunks, shuffled anew every epoch -> documents -> (mixed with synthetic ones) -> token ids
+    -> packed rows, shuffled in a pool -> batches
+
+All of it is grain, so a state is a few numbers: where the stream stood when the current pool of
+rows began, and how many of its rows were given out. Restoring packs that pool again.
+
+With several processes each packs the same stream and keeps its own rows of every batch. That spends
+some host time to buy a state that is the same on all of them, and batches that do not depend on how
+many there are.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from grain import experimental as grain_experimental
+
+from msa_jax.config import ConfigError, require
+from msa_jax.data import packing, retrieval
+from msa_jax.data.corpus import Corpus, corpus_digest, open_corpus
+from msa_jax.data.packing import Batch
+from msa_jax.data.tokenizer import Tokenizer, load_tokenizer
+from msa_jax.train.config import DataConfig
+
+# Reading in the caller's thread: packing is far faster than any model.
+_READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+# Synthetic documents are drawn as they are asked for; no run gets to the end of them.
+_ENDLESS = 2**62
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless training batches, whose position can be saved and restored exactly.
+
+    Args:
+      batches: grain's iterator.
+      digest: of the corpus that it reads.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, digest: str):
+        self._batches = batches
+        self._digest = digest
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, small and of plain JSON values."""
+        return {"corpus": self._digest, "position": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position from `get_state` of an iterator of the same configuration.
+
+        Raises:
+          ConfigError: files came, went or changed their size since: the rows would be others.
+        """
+        if state["corpus"] != self._digest:
+            raise ConfigError(
+                "data: the corpus is not the one of the saved state (files came, went or changed "
+                "their size), so the run cannot go on where it stood; restore the files, or start "
+                "a new run"
+            )
+        self._batches.set_state(state["position"])
+
+
+def train_iterator(
+    config: DataConfig,
+    *,
+    block_size: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> TrainIterator:
+    """Training batches without end, every epoch in another order.
+
+    Args:
+      config: what to read.
+      block_size: documents start on multiples of it; divides `config.sequence_length`.
+      process_index: whose rows to give out; JAX's by default.
+      process_count: among how many processes; JAX's by default.
+
+    Returns:
+      Batches of int32 arrays [config.batch_size / process_count, config.sequence_length].
+
+    Raises:
+      ConfigError: the corpus, the tokenizer or a field of `config` cannot be used.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    rows_of_process = _rows_of_process(config, process_index, process_count)
+    parts, shares, corpora = [], [], ()
+    if config.source != "retrieval" and config.retrieval_share < 1:
+        corpora = open_corpus(config)
+        parts.append(_documents(_source(corpora[0], config).repeat(), config.seed))
+        shares.append(1 - config.retrieval_share)
+    if config.source == "retrieval" or config.retrieval_share > 0:
+        parts.append(_retrieval_documents(config, tokenizer, "train"))
+        shares.append(config.retrieval_share or 1)
+    documents = parts[0] if len(parts) == 1 else grain.IterDataset.mix(parts, shares)
+    batches = _rows(documents, config, tokenizer, block_size).batch(config.batch_size)
+    return TrainIterator(iter(batches.map(rows_of_process)), corpus_digest(corpora))
+
+
+def validation_batches(
+    config: DataConfig,
+    *,
+    block_size: int,
+    num_batches: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Iterator[Batch]:
+    """The same validation batches at every call: a sample of the held-out files, in fixed order.
+
+    Synthetic documents are not mixed in; `source="retrieval"` has a validation stream of its own.
+
+    Args:
+      config: what to read.
+      block_size: as for `train_iterator`.
+      num_batches: at most so many. A smaller validation part ends sooner, each of its tokens given
+        out once; its last batch is filled up with rows of padding, so weigh means by `loss_mask`.
+      process_index: as for `train_iterator`.
+      process_count: as for `train_iterator`.
+
+    Returns:
+      Batches as from `train_iterator`.
+
+    Raises:
+      ConfigError: as from `train_iterator`, at the call.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    rows_of_process = _rows_of_process(config, process_index, process_count)
+    if config.source == "retrieval":
+        documents = _retrieval_documents(config, tokenizer, "validation")
+    else:
+        documents = _documents(_source(open_corpus(config)[1], config), config.seed)
+    fill = functools.partial(grain_experimental.batch_and_pad, batch_size=config.batch_size)
+    rows = _rows(documents, config, tokenizer, block_size)
+    batches = rows.batch(config.batch_size, batch_fn=fill).map(rows_of_process)
+    return itertools.islice(iter(batches), num_batches)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """The `model.vocab_size` that the tokenizer of `config` needs."""
+    return load_tokenizer(config.tokenizer).vocab_size
+
+
+def _source(corpus: Corpus, config: DataConfig) -> grain.MapDataset:
+    return grain.MapDataset.source(corpus).shuffle(seed=config.seed)
+
+
+def _documents(chunks: grain.MapDataset, seed: int) -> grain.IterDataset:
+    """The documents of each chunk, in an order drawn anew every epoch."""
+    shuffled = chunks.random_map(_permute, seed=seed)
+    return grain_experimental.FlatMapIterDataset(
+        shuffled.to_iter_dataset(_READ_OPTIONS), _Flatten()
+    )
+
+
+def _permute(chunk: list[str], rng: np.random.Generator) -> list[str]:
+    return [chunk[index] for index in rng.permutation(len(chunk))]
+
+
+class _Flatten(grain_experimental.FlatMapTransform):
+    max_fan_out = sys.maxsize
+
+    def flat_map(self, element: list[str]) -> Sequence[str]:
+        return element
+
+
+def _retrieval_documents(
+    config: DataConfig, tokenizer: Tokenizer, split: retrieval.Split
+) -> grain.IterDataset:
+    """Synthetic documents of a quarter to all of a row, so that answers stand at many positions."""
+    task = config.retrieval_task
+    longest = config.sequence_length - 1  # a separator goes before it
+    shortest = retrieval.shortest_length(task)
+    require(
+        shortest <= longest,
+        "data.sequence_length",
+        config.sequence_length,
+        f"must be at least {shortest + 1} to hold a {task} document",
+    )
+
+    def measure(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    def document(index: int) -> str:
+        rng = np.random.default_rng((config.seed, index))
+        length = int(rng.integers(max(shortest, longest // 4), longest, endpoint=True))
+        example = retrieval.retrieval_example(
+            task, length=length, seed=config.seed, index=index, split=split, measure=measure
+        )
+        return example.document
+
+    return grain.MapDataset.range(_ENDLESS).map(document).to_iter_dataset(_READ_OPTIONS)
+
+
+def _rows(
+    documents: grain.IterDataset, config: DataConfig, tokenizer: Tokenizer, block_size: int
+) -> grain.IterDataset:
+    return packing.pack_documents(
+        documents.map(tokenizer.encode),
+        sequence_length=config.sequence_length,
+        block_size=block_size,
+        separator_id=tokenizer.separator_id,
+        seed=config.seed,
+    )
+
+
+def _rows_of_process(
+    config: DataConfig, process_index: int | None, process_count: int | None
+) -> Callable[[Batch], Batch]:
+    """What cuts a process's rows out of a global batch; also checks what grain would refuse."""
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    rows = config.batch_size // count
+    require(
+        config.batch_size % count == 0,
+        "data.batch_size",
+        config.batch_size,
+        f"must be a multiple of the number of processes, {count}",
+    )
+    require(0 <= config.seed < 2**32, "data.seed", config.seed, "must be between 0 and 2**32 - 1")
+    return lambda batch: {
+        key: array[index * rows : (index + 1) * rows] for key, array in batch.items()
+    }
