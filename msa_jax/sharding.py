@@ -147,3 +147,27 @@ def parameter_shardings(variables: nnx.State, mesh: jax.sharding.Mesh) -> nnx.St
 
     flat = nnx.to_flat_state(variables)
     return nnx.from_flat_state([(path, place(path, variable)) for path, variable in flat])
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """Host arrays [B, T] of this process as global arrays, rows split over the batch axes.
+
+    Raises:
+      ConfigError: the mesh axes that split the batch do not divide its rows.
+    """
+    spec = RULES.spec("batch", None, mesh_axes=mesh.axis_names)
+    parts = math.prod(mesh.shape[name] for name in _names(spec[0]))
+    rows = len(next(iter(batch.values()))) * jax.process_count()
+    if rows % parts:
+        raise ConfigError(
+            f"data.batch_size={rows}: is not divisible by the {parts} devices of mesh axes "
+            f"{', '.join(_names(spec[0]))} that split it"
+        )
+    sharding = NamedSharding(mesh, spec)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()

@@ -1,7 +1,7 @@
 """The one interface behind which every token mixer stands."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -42,6 +42,7 @@ class MixerOutput(NamedTuple):
     aux: dict[str, Array]
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """A causal map from a sequence to a sequence."""
 
