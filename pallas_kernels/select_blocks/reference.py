@@ -148,7 +148,7 @@ def main_block_mass(
     def mass(q, slots):
         visible = visible_slots(slots, num_keys, segment_ids)[:, None, None]
         probabilities, _ = masked_log_sum_exp(head_scores(q, k, scale), visible)
-        return split_blocks(probabilities.mean(2), block_size, 0).sum(-1).swapaxes(1, 2)
+        return split_blocks(probabilities.mean(2), block_size, 0.0).sum(-1).swapaxes(1, 2)
 
     blocks = map_query_chunks(
         mass,

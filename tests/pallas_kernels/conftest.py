@@ -22,3 +22,10 @@ def dtype(request):
 
 
 widest_dtype = dtype
+
+
+@pytest.fixture
+def double_precision():
+    """Enables float64 while the test runs, and only then."""
+    with jax.enable_x64(True):
+        yield
