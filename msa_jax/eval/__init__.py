@@ -1,0 +1,1 @@
+"""Evaluation: what a run learned, and the report that shows it."""
