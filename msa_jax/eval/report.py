@@ -23,13 +23,13 @@ from msa_jax.eval.run_figures import (
     training_figures,
 )
 from msa_jax.eval.runs import (
-    TOKENS_PER_SECOND,
     Run,
     RunFileError,
     read_runs,
     reporting_layers,
     series,
 )
+from msa_jax.train.metrics import CLOCK_PREFIX
 
 LAYER_METRICS = {
     "score_recall": "score recall",
@@ -102,7 +102,13 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
         ("validation loss (nats per token)", lambda run: run.evaluation.loss, "{:.4f}".format),
         ("bits per byte", lambda run: run.evaluation.bits_per_byte, "{:.4f}".format),
-        ("tokens per second, median", _speed, "{:,.0f}".format),
+        ("tokens per second, median", lambda run: _median(run, "tokens_per_second"), _count),
+        ("MFU, own FLOPs, median", lambda run: _median(run, "mfu_sparse"), "{:.1%}".format),
+        (
+            "MFU, dense-equivalent FLOPs, median",
+            lambda run: _median(run, "mfu_dense_equivalent"),
+            "{:.1%}".format,
+        ),
         ("parameters", lambda run: cost.parameter_count(run.config).total, _short),
         ("parameters, active", lambda run: cost.parameter_count(run.config).active, _short),
         ("attention FLOPs per token, forward", _attention_flops, _short),
@@ -112,14 +118,16 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             lambda run: _training(run).dense_equivalent,
             _short,
         ),
-        ("optimizer steps", lambda run: run.evaluation.step, "{:,.0f}".format),
-        ("validation tokens scored", lambda run: run.evaluation.tokens, "{:,.0f}".format),
+        ("optimizer steps", lambda run: run.evaluation.step, _count),
+        ("validation tokens scored", lambda run: run.evaluation.tokens, _count),
     ]
     head = ["", *(run.label for run in runs)]
     head += [f"{run.label} relative to {runs[-1].label}" for run in runs[:-1]]
     body = []
     for name, value, show in rows:
         numbers = [float(value(run)) for run in runs]
+        if name.startswith("MFU") and np.isnan(numbers).all():
+            continue  # a device without a known peak, such as a CPU
         relative = [_percent(number, numbers[-1]) for number in numbers[:-1]]
         cells = ["not recorded" if np.isnan(number) else show(number) for number in numbers]
         body.append([name, *cells, *relative])
@@ -292,9 +300,10 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _speed(run: Run) -> float:
-    rates = series(run.train, TOKENS_PER_SECOND)[1]
-    return float(np.median(rates[1:] if len(rates) > 1 else rates)) if len(rates) else np.nan
+def _median(run: Run, name: str) -> float:
+    """Of a clock metric over the training records; the first, which holds compilation, aside."""
+    values = series(run.train, f"{CLOCK_PREFIX}{name}")[1]
+    return float(np.median(values[1:] if len(values) > 1 else values)) if len(values) else np.nan
 
 
 def _attention_flops(run: Run) -> float:
@@ -304,6 +313,10 @@ def _attention_flops(run: Run) -> float:
 
 def _training(run: Run) -> cost.TrainingFlopsPerToken:
     return cost.training_flops_per_token(run.config, run.config.data.sequence_length)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _short(value: float) -> str:

@@ -25,8 +25,6 @@ from msa_jax.train.metrics import metrics_path, read_metrics
 
 Records = list[dict[str, Any]]
 
-TOKENS_PER_SECOND = "clock/tokens_per_second"
-
 
 class RunFileError(ValueError):
     """A run's file that is missing or does not hold what it should; the message names it."""

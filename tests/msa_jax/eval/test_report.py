@@ -160,6 +160,16 @@ def test_a_speed_that_was_not_logged_is_said_to_be_missing(folders, tmp_path):
     assert rows[2] == ["tokens per second, median", "not recorded", "4,105", ""]
 
 
+def test_mfu_is_shown_where_it_was_logged(folders, tmp_path):
+    folder = write_run(tmp_path / "msa", "msa")
+    text = (folder / "metrics.jsonl").read_text()
+    text = text.replace('"clock/', '"clock/mfu_sparse": 0.25, "clock/')
+    (folder / "metrics.jsonl").write_text(text)
+    _, rows = comparison_table(read_runs([folder, folders[1]]))
+    assert rows[3] == ["MFU, own FLOPs, median", "25.0%", "not recorded", ""]
+    assert not rows[4][0].startswith("MFU")
+
+
 def test_layer_metrics_of_unequal_length_are_refused(folders, tmp_path):
     folder = write_run(tmp_path / "msa", "msa")
     text = (folder / "evaluation.json").read_text().replace("[0.71, 0.72, 0.73]", "[0.71]")
