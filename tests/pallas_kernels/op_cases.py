@@ -1,6 +1,6 @@
 """Inputs and tolerances that the tests of all ops share. Few shapes, so that few are compiled.
 
-37 tokens in blocks of 8: the last block is ragged. Four query heads in two groups.
+61 tokens in blocks of 8: the last block is ragged. Four query heads in two groups.
 """
 
 import dataclasses
@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_oracle
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-BATCH, NUM_KEYS = 2, 37
+BATCH, NUM_KEYS = 2, 61
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, INDEX_DIM = 4, 2, 8, 4
-BLOCK_SIZE, NUM_BLOCKS, TOP_K = 8, 5, 3
+BLOCK_SIZE, NUM_BLOCKS, TOP_K = 8, 8, 3
 INPUT_DTYPES = ("float64", "float32", "bfloat16")
 
 # Relative to the largest element: rounding of the accumulation, or of the output for bfloat16.
 TOLERANCES = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2.0**-8}
-# A divergence is a small difference of entropies of up to log(37) nats.
+# A divergence is a small difference of entropies of up to log(61) nats.
 KL_TOLERANCES = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2.0**-8}
 
-# Row 0: documents of 11, 11 and 5 tokens. Row 1: documents of 24 and 7 tokens. Padding behind each.
-DOCUMENTS = (((0, 11), (16, 27), (32, 37)), ((0, 24), (24, 31)))
+# Documents of 27 and 29 tokens in row 0, of 43 and 9 in row 1: more than K blocks, or fewer, with
+# padding behind them.
+DOCUMENTS = (((0, 27), (32, 61)), ((0, 43), (48, 57)))
 SEGMENT_IDS = np.zeros((BATCH, NUM_KEYS), np.int32)
 for _row, _documents in enumerate(DOCUMENTS):
     for _number, (_start, _stop) in enumerate(_documents):
@@ -33,7 +34,14 @@ for _row, _documents in enumerate(DOCUMENTS):
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Same examples in every run: a failure found once is found by everyone.
-properties = settings(deadline=None, max_examples=8, database=None, derandomize=True)
+properties = settings(
+    deadline=None,
+    max_examples=8,
+    database=None,
+    derandomize=True,
+    # float64 stays on for all examples, and a class runs its tests for several ops, as they should.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Layout:
 LAYOUTS = {
     "one document": Layout(),
     "packed": Layout(segment_ids=SEGMENT_IDS),
-    "packed decode": Layout(16, SEGMENT_IDS, np.array([21, 5], np.int32)),
+    "packed decode": Layout(16, SEGMENT_IDS, np.array([45, 41], np.int32)),
 }
 ONE_DOCUMENT, PACKED, PACKED_DECODE = LAYOUTS.values()
 

@@ -78,28 +78,28 @@ def test_good_arguments_pass(op):
 @pytest.mark.fast
 @pytest.mark.parametrize("op", WITH_HEADS)
 def test_heads(op):
-    assert "num_heads=4 is not a multiple of num_kv_heads=3" in refusal(op, k=zeros(2, 37, 3, 8))
-    for k in (zeros(3, 37, 2, 8), zeros(2, 37, 2, 6)):
+    assert "num_heads=4 is not a multiple of num_kv_heads=3" in refusal(op, k=zeros(2, 61, 3, 8))
+    for k in (zeros(3, 61, 2, 8), zeros(2, 61, 2, 6)):
         message = refusal(op, k=k)
         assert str(k.shape) in message
         assert "the same B and D" in message
-    assert "must be [B, T, Hq, D]" in refusal(op, q=zeros(37, 4, 8))
-    assert "[B, S, Hkv, D]" in refusal(op, k=zeros(2, 37, 8))
+    assert "must be [B, T, Hq, D]" in refusal(op, q=zeros(61, 4, 8))
+    assert "[B, S, Hkv, D]" in refusal(op, k=zeros(2, 61, 8))
 
 
 @pytest.mark.parametrize("op", ["sparse_attention", "dense_attention"])
 def test_values(op):
-    for v in (zeros(2, 36, 2, 8), zeros(2, 37, 1, 8), zeros(2, 37, 2, 4)):
+    for v in (zeros(2, 60, 2, 8), zeros(2, 61, 1, 8), zeros(2, 61, 2, 4)):
         assert f"v is {v.shape}, it must have the shape of k" in refusal(op, v=v)
 
 
 @pytest.mark.parametrize("op", ["select_blocks", "index_kl"])
 def test_index_arrays(op):
     for bad in (
-        {"index_q": zeros(2, 37, 4)},
-        {"index_k": zeros(2, 37, 2, 4)},
-        {"index_k": zeros(2, 37, 5)},
-        {"index_k": zeros(1, 37, 4)},
+        {"index_q": zeros(2, 61, 4)},
+        {"index_k": zeros(2, 61, 2, 4)},
+        {"index_k": zeros(2, 61, 5)},
+        {"index_k": zeros(1, 61, 4)},
     ):
         message = refusal(op, **bad)
         assert "index_q and index_k must be [B, T, Hkv, Di] and [B, S, Di]" in message
@@ -108,12 +108,12 @@ def test_index_arrays(op):
 
 def test_an_index_head_for_every_group():
     """One that broadcasts over the groups, most of all."""
-    for index_q in (zeros(2, 37, 1, 4), zeros(2, 36, 2, 4)):
+    for index_q in (zeros(2, 61, 1, 4), zeros(2, 60, 2, 4)):
         message = refusal("index_kl", index_q=index_q)
         assert f"index_q {index_q.shape}" in message
         assert "Hkv" in message
-    message = refusal("index_kl", index_k=zeros(2, 36, 4))
-    assert "index_k (2, 36, 4)" in message
+    message = refusal("index_kl", index_k=zeros(2, 60, 4))
+    assert "index_k (2, 60, 4)" in message
 
 
 @pytest.mark.parametrize("op", ["sparse_attention", "index_kl"])
@@ -122,7 +122,7 @@ def test_selection_of_other_arrays(op):
     for bad in (block_ids[:1], block_ids[:, :1], block_ids[:, :, :30], block_ids[0]):
         message = refusal(op, block_ids=bad)
         assert f"selection.block_ids is {bad.shape}" in message
-        assert "(B, Hkv, T) = (2, 2, 37)" in message
+        assert "(B, Hkv, T) = (2, 2, 61)" in message
 
 
 @pytest.mark.parametrize("op", ["select_blocks", "select_pattern"])
@@ -160,11 +160,11 @@ def test_window():
 def test_slots(op):
     for offset in (1, -1):
         message = refusal(op, query_offset=offset)
-        assert f"37 queries at query_offset={offset}" in message
-        assert "there are 37" in message
-    message = refusal(op, segment_ids=jnp.ones((2, 36), jnp.int32))
-    assert "segment_ids is (2, 36), it must be [B, S] = (2, 37)" in message
-    assert "segment_ids is (1, 37)" in refusal(op, segment_ids=jnp.ones((1, 37), jnp.int32))
+        assert f"61 queries at query_offset={offset}" in message
+        assert "there are 61" in message
+    message = refusal(op, segment_ids=jnp.ones((2, 60), jnp.int32))
+    assert "segment_ids is (2, 60), it must be [B, S] = (2, 61)" in message
+    assert "segment_ids is (1, 61)" in refusal(op, segment_ids=jnp.ones((1, 61), jnp.int32))
 
 
 @pytest.mark.fast
@@ -176,7 +176,7 @@ def test_documents_off_a_block_boundary(op):
     assert "segment_ids: the document at row 1, slot 1" in message
     assert "multiple of block_size=8" in message
     assert "left padding: pad on the right" in message
-    dense = np.ones((2, 37), np.int32)
+    dense = np.ones((2, 61), np.int32)
     dense[0, 12:] = 2
     message = refusal(op, segment_ids=jnp.asarray(dense))
     assert "the document at row 0, slot 12" in message
@@ -186,7 +186,7 @@ def test_documents_off_a_block_boundary(op):
 def test_left_padding_of_whole_blocks_shifts_nothing():
     shifted = np.roll(PACKED.segment_ids, BLOCK_SIZE, axis=1)
     shifted[:, :BLOCK_SIZE] = 0
-    shifted[1] = np.repeat([0, 1, 2], [16, 8, 13])
+    shifted[1] = np.repeat([0, 1, 2], [16, 8, 37])
     for op in WITH_BLOCKS:
         assert accepts(op, jnp.asarray(shifted))
 

@@ -64,13 +64,13 @@ class SelectBlocksTests:
         ids = select(index_q, index_k, implementation=self.implementation, **options)
         return np.asarray(ids)
 
-    def last_row(self, index_q, index_k, **options):
-        """Blocks of the last query of the first group, of inputs without a batch axis."""
-        groups = np.broadcast_to(index_q, (BATCH, NUM_KEYS, NUM_KV_HEADS, INDEX_DIM))
-        keys = np.broadcast_to(index_k, (BATCH, NUM_KEYS, INDEX_DIM))
-        dtype = options.pop("dtype")
-        ids = self.select(jnp.asarray(groups, dtype), jnp.asarray(keys, dtype), **options)
-        return ids[0, 0, -1].tolist()
+    def blocks_of_slot_36(self, index_q, index_k, dtype, **options):
+        """What a query in the middle of block 4 selects. NaN in all later keys must not matter."""
+        queries = np.broadcast_to(index_q, (BATCH, NUM_KEYS, NUM_KV_HEADS, INDEX_DIM))
+        keys = np.where(np.arange(NUM_KEYS)[:, None] > 36, np.nan, index_k)
+        keys = np.broadcast_to(keys, (BATCH, NUM_KEYS, INDEX_DIM))
+        ids = self.select(jnp.asarray(queries, dtype), jnp.asarray(keys, dtype), **options)
+        return ids[0, 0, 36].tolist()
 
     def assert_as_oracle(self, arguments, layout=ONE_DOCUMENT, **options):
         actual = self.select(*arguments, **options, **layout.arrays())
@@ -105,7 +105,7 @@ class SelectBlocksTests:
         query = np.array([1.0, 0, 0, 0])
         for pooling, best in zip(POOLINGS, (0, 1, 2), strict=True):
             options = {"dtype": widest_dtype, "pooling": pooling, "scale": 1.0, "top_k": 2}
-            assert self.last_row(query, scores, **options) == [best, 4]
+            assert self.blocks_of_slot_36(query, scores, **options) == [best, 4]
 
     @pytest.mark.parametrize(
         ("num_local_blocks", "num_sink_blocks"), [(2, 0), (1, 1), (2, 1), (1, 2)]
@@ -138,9 +138,9 @@ class SelectBlocksTests:
     @pytest.mark.fast
     def test_ties_go_to_the_lower_block(self, dtype):
         equal = np.ones((NUM_KEYS, INDEX_DIM))
-        assert self.last_row(np.ones(INDEX_DIM), equal, dtype=dtype) == [0, 1, 4]
+        assert self.blocks_of_slot_36(np.ones(INDEX_DIM), equal, dtype=dtype) == [0, 1, 4]
         equal[:8] = 0
-        assert self.last_row(np.ones(INDEX_DIM), equal, dtype=dtype) == [1, 2, 4]
+        assert self.blocks_of_slot_36(np.ones(INDEX_DIM), equal, dtype=dtype) == [1, 2, 4]
 
     @pytest.mark.fast
     def test_negative_zero_ties_with_zero(self, dtype):
@@ -148,7 +148,7 @@ class SelectBlocksTests:
         tiny = float(jnp.finfo(dtype).tiny)
         keys = np.zeros((NUM_KEYS, INDEX_DIM))
         keys[:8, 0] = -tiny
-        ids = self.last_row(np.ones(INDEX_DIM), keys, dtype=dtype, scale=tiny)
+        ids = self.blocks_of_slot_36(np.ones(INDEX_DIM), keys, dtype=dtype, scale=tiny)
         assert ids == [0, 1, 4]
 
     @pytest.mark.parametrize("pooling", POOLINGS)
@@ -160,10 +160,10 @@ class SelectBlocksTests:
         keys[34] = np.nan  # the own block, which is forced
         query, options = np.ones(INDEX_DIM), {"dtype": widest_dtype, "pooling": pooling}
         rest = [2, 3, 4, -1] if pooling == "mean" else [1, 2, 3, 4]
-        assert self.last_row(query, keys, **options, top_k=5) == [*rest, -1]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=5) == [*rest, -1]
         best = [2, 4] if pooling == "mean" else [1, 4]
-        assert self.last_row(query, keys, **options, top_k=2) == best
-        assert self.last_row(query * np.nan, keys, **options, top_k=2) == [4, -1]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=2) == best
+        assert self.blocks_of_slot_36(query * np.nan, keys, **options, top_k=2) == [4, -1]
 
     @pytest.mark.parametrize("pooling", POOLINGS)
     def test_overflow_is_the_highest_but_not_forced(self, pooling, widest_dtype):
@@ -173,10 +173,14 @@ class SelectBlocksTests:
         keys[8:16, 0] = -huge  # -inf all over block 1
         query = np.array([huge, 0, 0, 0])
         options = {"dtype": widest_dtype, "pooling": pooling}
-        assert self.last_row(query, keys, **options, top_k=2) == [2, 4]
-        assert self.last_row(query, keys, **options, top_k=2, num_sink_blocks=1) == [0, 4]
-        assert self.last_row(query, keys, **options, top_k=3, num_sink_blocks=1) == [0, 2, 4]
-        assert self.last_row(query, keys, **options, top_k=5) == [0, 2, 3, 4, -1]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=2) == [2, 4]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=2, num_sink_blocks=1) == [0, 4]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=3, num_sink_blocks=1) == [
+            0,
+            2,
+            4,
+        ]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=5) == [0, 2, 3, 4, -1]
 
     @pytest.mark.fast
     def test_groups_select_independently(self, widest_dtype):
@@ -189,7 +193,7 @@ class SelectBlocksTests:
         ids = self.select(
             jnp.asarray(queries, widest_dtype), jnp.asarray(keys, widest_dtype), top_k=2
         )
-        assert ids[0, :, -1].tolist() == [[0, 4], [2, 4]]
+        assert ids[0, :, -1].tolist() == [[0, 7], [2, 7]]
 
     def test_the_scale_changes_what_log_sum_exp_pooling_prefers(self, widest_dtype):
         keys = np.zeros((NUM_KEYS, INDEX_DIM))
@@ -197,9 +201,9 @@ class SelectBlocksTests:
         keys[8:16, 0] = 2  # eight lower ones in block 1
         query = np.array([1.0, 0, 0, 0])
         options = {"dtype": widest_dtype, "pooling": "lse", "top_k": 2}
-        assert self.last_row(query, keys, **options, scale=1.0) == [1, 4]
-        assert self.last_row(query, keys, **options, scale=10.0) == [0, 4]
-        assert self.last_row(query, keys, **options) == [1, 4]
+        assert self.blocks_of_slot_36(query, keys, **options, scale=1.0) == [1, 4]
+        assert self.blocks_of_slot_36(query, keys, **options, scale=10.0) == [0, 4]
+        assert self.blocks_of_slot_36(query, keys, **options) == [1, 4]
 
     @properties
     @given(seed=SEEDS)
@@ -226,7 +230,7 @@ class SelectBlocksTests:
         index_q, index_k = index_inputs("float32", draw=integers)
         order = np.arange(NUM_KEYS)
         rng = np.random.default_rng(seed)
-        for start in range(0, 4 * BLOCK_SIZE, BLOCK_SIZE):
+        for start in range(0, NUM_KEYS - BLOCK_SIZE, BLOCK_SIZE):
             rng.shuffle(order[start : start + BLOCK_SIZE])
         expected = self.select(index_q, index_k)
         actual = self.select(index_q, jnp.asarray(np.asarray(index_k)[:, order]))

@@ -124,7 +124,7 @@ def test_oracle_keeps_the_blocks_with_the_most_attention(layout, double_precisio
 def test_oracle_of_nan_attention_keeps_the_forced_blocks():
     q, k, _ = main_inputs("float32")
     ids = np.asarray(select("oracle", q * jnp.nan, k, num_sink_blocks=1))
-    assert ids[0, 0, -1].tolist() == [0, 4, -1]
+    assert ids[0, 0, -1].tolist() == [0, 7, -1]
 
 
 @pytest.mark.parametrize("pattern", ["sliding_window", "strided", "random", "oracle"])

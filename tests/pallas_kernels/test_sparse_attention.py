@@ -147,7 +147,7 @@ class SparseAttentionTests:
         block_ids[0, 1, 4] = [3, 4, -1]
         nothing = ~PACKED.support(block_ids).any(-1)
         assert nothing[0, 1, 3:5].all()
-        assert nothing[1, :, 31:].all()
+        assert nothing[1, :, 57:].all()
         assert not nothing.all()
         o, lse, dq, dk, dv = attend(
             q,
@@ -164,8 +164,8 @@ class SparseAttentionTests:
         assert (np.asarray(lse)[per_head] == -np.inf).all()
         assert np.isfinite(np.asarray(lse)[~per_head]).all()
         assert (np.asarray(dq)[rows] == 0).all()
-        assert (np.asarray(dk)[1, 31:] == 0).all()
-        assert (np.asarray(dv)[1, 31:] == 0).all()
+        assert (np.asarray(dk)[1, 57:] == 0).all()
+        assert (np.asarray(dv)[1, 57:] == 0).all()
         assert all(np.isfinite(x).all() for x in exact(o, dq, dk, dv))
 
     def test_scores_far_beyond_the_range_of_exp(self, dtype):
