@@ -4,6 +4,7 @@ Query t sits in slot `query_offset + t` and sees key slot j when j is not later,
 document (`segment_ids`, 0 is padding) and, with a window, j is one of the last `window` slots.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,11 @@ from jaxtyping import Array, Bool, Int
 # Bytes that one chunk's largest intermediate may take. Small enough for 32K tokens in 4 GB with a
 # few such intermediates alive, large enough that short sequences are one chunk.
 CHUNK_BYTES = 64 * 2**20
+
+# Ranges of queries with a key prefix of their own. Four do 10/16 of the square's work, more would
+# gain little and compile longer; short ones are not worth the compilation.
+_MAX_RANGES = 4
+_MIN_RANGE = 128
 
 
 def query_slots(
@@ -58,29 +64,71 @@ def document_starts(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 def map_query_chunks[R](
-    fn: Callable[..., R], *arrays: Array | None, bytes_per_query: int, query_axis: int = 1
+    fn: Callable[..., R],
+    queries: tuple[Array | None, ...],
+    keys: tuple[Array | None, ...],
+    query_offset: int | Int[Array, "B"],
+    *,
+    bytes_per_query: int,
+    query_axis: int = 1,
 ) -> R:
-    """Applies `fn` to chunks of queries and joins the results along `query_axis`.
+    """Applies `fn` to chunks of queries with the keys that they may see, and joins the results.
 
-    The chunk is as long as `CHUNK_BYTES` allows. More than one chunk runs in sequence, and the
-    backward pass recomputes each chunk, so that memory does not grow with the number of queries.
+    A chunk is as long as `CHUNK_BYTES` allows; more than one run in sequence and the backward pass
+    recomputes each, so that memory does not grow with the number of queries. What fits into few
+    chunks is cut into causal ranges instead, each with its own prefix of the keys, if the offset is
+    known (measured at 8 x 512 tokens on a CPU: value and gradient 2.5 times faster).
 
     Args:
-      fn: takes the arrays' chunks, returns a pytree of arrays with queries on `query_axis`.
-      *arrays: queries on axis 1; None is passed through.
-      bytes_per_query: size of `fn`'s largest intermediate per query, over the whole batch.
+      fn: takes the chunks of `queries`, the chunk's slots [B, t], then the prefixes of `keys`;
+        returns a pytree of arrays with queries on `query_axis`.
+      queries: arrays with queries on axis 1; None is passed through.
+      keys: arrays with key slots on axis 1, the first of them not None; None is passed through.
+      query_offset: the key slot of the first query, per row or for all.
+      bytes_per_query: size of `fn`'s largest intermediate per query, over batch and all keys.
       query_axis: of the results.
     """
-    num_queries = next(array.shape[1] for array in arrays if array is not None)
-    chunk = max(1, min(num_queries, CHUNK_BYTES // max(1, bytes_per_query)))
-    if chunk == num_queries:
-        return fn(*arrays)
+    first, num_keys = jax.tree.leaves(queries)[0], jax.tree.leaves(keys)[0].shape[1]
+    batch, num_queries = first.shape[:2]
+    queries = (*queries, query_slots(batch, num_queries, query_offset))
+    if num_queries * bytes_per_query > _MAX_RANGES * CHUNK_BYTES:
+        chunk = max(1, CHUNK_BYTES // bytes_per_query)
+        return _map_in_sequence(fn, queries, keys, chunk, query_axis)
+    parts = [
+        fn(
+            *jax.tree.map(lambda a, at=slice(start, stop): a[:, at], queries),
+            *jax.tree.map(lambda a, n=limit: a[:, :n], keys),
+        )
+        for start, stop, limit in _causal_ranges(num_queries, num_keys, query_offset)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, query_axis), *parts)
+
+
+def _causal_ranges(
+    num_queries: int, num_keys: int, query_offset: int | Array
+) -> list[tuple[int, int, int]]:
+    """(first query, end, key slots that any of them may see) of up to `_MAX_RANGES` ranges."""
+    if not isinstance(query_offset, int):
+        return [(0, num_queries, num_keys)]
+    count = max(1, min(_MAX_RANGES, num_queries // _MIN_RANGE))
+    edges = [num_queries * i // count for i in range(count + 1)]
+    return [
+        (start, stop, min(num_keys, query_offset + stop))
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _map_in_sequence(fn, queries, keys, chunk: int, query_axis: int):
+    """`fn` over chunks of queries, one at a time."""
+    batch, num_queries = jax.tree.leaves(queries)[0].shape[:2]
     num_chunks = -(-num_queries // chunk)
     padding = num_chunks * chunk - num_queries
 
     def split(array):
         padded = jnp.pad(array, [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(len(array), num_chunks, chunk, *array.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(batch, num_chunks, chunk, *array.shape[2:]), 1, 0)
 
     def join(chunks):
         whole = jnp.moveaxis(chunks, 0, query_axis)
@@ -89,5 +137,5 @@ def map_query_chunks[R](
 
     # The barrier that checkpoint adds against recomputation being merged away is not needed in a
     # loop body.
-    body = jax.checkpoint(lambda parts: fn(*parts), prevent_cse=False)
-    return jax.tree.map(join, jax.lax.map(body, jax.tree.map(split, arrays)))
+    body = jax.checkpoint(lambda parts: fn(*parts, *keys), prevent_cse=False)
+    return jax.tree.map(join, jax.lax.map(body, jax.tree.map(split, queries)))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.visibility import map_query_chunks, query_slots, visible_slots
+from pallas_kernels.visibility import map_query_chunks, visible_slots
 
 
 def dense_attention(
@@ -19,19 +19,14 @@ def dense_attention(
     return_lse: bool,
 ) -> tuple[Float[Array, "..."], ...]:
     """Causal attention over all visible tokens: the output, and the log-sum-exp if wanted."""
-    batch, num_queries, num_heads, _ = q.shape
-    num_keys = k.shape[1]
 
-    def attend(q, slots):
-        mask = visible_slots(slots, num_keys, segment_ids, window)[:, None, None]
+    def attend(q, slots, k, v, segment_ids):
+        mask = visible_slots(slots, k.shape[1], segment_ids, window)[:, None, None]
         o, lse = masked_attention(q, k, v, mask, scale)
         return o, lse.swapaxes(1, 2)
 
     o, lse = map_query_chunks(
-        attend,
-        q,
-        query_slots(batch, num_queries, query_offset),
-        bytes_per_query=batch * num_heads * num_keys * accumulator_dtype(q).itemsize,
+        attend, (q,), (k, v, segment_ids), query_offset, bytes_per_query=score_bytes(q, k)
     )
     return (o, lse.swapaxes(1, 2)) if return_lse else (o,)
 
@@ -39,6 +34,11 @@ def dense_attention(
 def accumulator_dtype(array: Array) -> jnp.dtype:
     """float32 for everything up to float32, float64 for the float64 oracle."""
     return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def score_bytes(q: Float[Array, "B T H D"], k: Float[Array, "B S *Hkv D"]) -> int:
+    """Bytes of all heads' scores of one query, over batch and keys."""
+    return q.shape[0] * q.shape[2] * k.shape[1] * accumulator_dtype(q).itemsize
 
 
 def head_scores(

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dense_attention.reference import (
-    accumulator_dtype,
     head_scores,
     masked_log_sum_exp,
+    score_bytes,
 )
 from pallas_kernels.select_blocks.reference import index_scores
 from pallas_kernels.sparse_attention.reference import support
-from pallas_kernels.visibility import map_query_chunks, query_slots, visible_slots
+from pallas_kernels.visibility import map_query_chunks, visible_slots
 
 
 def index_kl(
@@ -33,30 +33,29 @@ def index_kl(
     index_scale: float,
 ) -> tuple[Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]]:
     """KL(teacher || student) and the student's log-sum-exp per query and group, in nats."""
-    batch, num_queries, num_heads, _ = q.shape
-    num_keys = k.shape[1]
     q, k = jax.lax.stop_gradient((q, k))
 
-    def align(q, index_q, block_ids, slots):
+    def align(q, index_q, block_ids, slots, k, index_k, segment_ids):
         if block_ids is None:
-            mask = visible_slots(slots, num_keys, segment_ids)[:, None]
+            mask = visible_slots(slots, k.shape[1], segment_ids)[:, None]
         else:
-            mask = support(block_ids.swapaxes(1, 2), block_size, slots, num_keys, segment_ids)
+            block_ids = block_ids.swapaxes(1, 2)
+            mask = support(block_ids, block_size, slots, k.shape[1], segment_ids)
         per_head, _ = masked_log_sum_exp(head_scores(q, k, scale), mask[:, :, None])
         teacher = per_head.mean(2)
         scores = index_scores(index_q, index_k, index_scale)
         _, index_lse = masked_log_sum_exp(scores, mask)
-        log_student = jnp.where(mask, scores - jnp.where(mask.any(-1), index_lse, 0)[..., None], 0)
-        entropy = jnp.where(teacher > 0, teacher * jnp.log(jnp.where(teacher > 0, teacher, 1)), 0)
-        kl = (entropy - teacher * log_student).sum(-1)
+        # KL = sum t log t - sum t log softmax(s), and the log-softmax is s - lse: t sums to 1.
+        negative_entropy = jax.scipy.special.xlogy(teacher, teacher).sum(-1)
+        cross = jnp.where(mask, teacher * scores, 0).sum(-1)
+        kl = negative_entropy - cross + jnp.where(mask.any(-1), index_lse, 0)
         return kl.swapaxes(1, 2), index_lse.swapaxes(1, 2)
 
     kl, index_lse = map_query_chunks(
         align,
-        q,
-        index_q,
-        None if block_ids is None else block_ids.swapaxes(1, 2),
-        query_slots(batch, num_queries, query_offset),
-        bytes_per_query=batch * num_heads * num_keys * accumulator_dtype(q).itemsize,
+        (q, index_q, None if block_ids is None else block_ids.swapaxes(1, 2)),
+        (k, index_k, segment_ids),
+        query_offset,
+        bytes_per_query=score_bytes(q, k),
     )
     return kl.swapaxes(1, 2), index_lse.swapaxes(1, 2)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.select_blocks.reference import choose_blocks, forced_blocks, main_block_mass
-from pallas_kernels.visibility import document_starts, map_query_chunks, query_slots
+from pallas_kernels.visibility import document_starts, map_query_chunks
 
 PATTERNS = ("strided", "random", "sliding_window", "oracle")
 
@@ -30,35 +30,37 @@ def select_pattern(
     scale: float,
 ) -> Int[Array, "B Hkv T K"]:
     """Block ids of one of `PATTERNS`; `groups` numbers the KV groups for "random"."""
-    batch, num_queries, _, _ = q.shape
-    num_keys = k.shape[1]
-    num_blocks = -(-num_keys // block_size)
-
-    def forced(slots, num_local, num_sink):
-        return forced_blocks(slots, segment_ids, num_keys, block_size, num_local, num_sink)[:, None]
-
-    def select(slots, scores):
-        if scores is None:
-            scores = _pattern_scores(
-                pattern, slots, segment_ids, groups, num_blocks, block_size, top_k
-            )
-        else:
-            scores = scores.swapaxes(1, 2)
-        past = forced(slots, num_blocks, 0)  # as many local blocks as there are: the whole past
-        scores = jnp.where(past, scores, -jnp.inf)
-        return choose_blocks(
-            scores, forced(slots, num_local_blocks, num_sink_blocks), top_k
-        ).swapaxes(1, 2)
-
     mass = None
     if pattern == "oracle":
         mass = main_block_mass(q, k, segment_ids, query_offset, block_size=block_size, scale=scale)
         mass = jax.lax.stop_gradient(mass).swapaxes(1, 2)
+
+    def select(_, mass, slots, k, segment_ids):
+        num_keys = k.shape[1]
+        num_blocks = -(-num_keys // block_size)
+
+        def forced(num_local, num_sink):
+            blocks = forced_blocks(slots, segment_ids, num_keys, block_size, num_local, num_sink)
+            return blocks[:, None]
+
+        if mass is None:
+            scores = _pattern_scores(
+                pattern, slots, segment_ids, groups, num_blocks, block_size, top_k
+            )
+        else:
+            scores = mass.swapaxes(1, 2)[..., :num_blocks]
+        past = forced(num_blocks, 0)  # as many local blocks as there are: the whole past
+        scores = jnp.where(past, scores, -jnp.inf)
+        ids = choose_blocks(scores, forced(num_local_blocks, num_sink_blocks), top_k)
+        return ids.swapaxes(1, 2)
+
+    blocks_per_query = len(q) * len(groups) * -(-k.shape[1] // block_size)
     ids = map_query_chunks(
         select,
-        query_slots(batch, num_queries, query_offset),
-        mass,
-        bytes_per_query=batch * len(groups) * num_blocks * max(4, top_k),
+        (q, mass),
+        (k, segment_ids),
+        query_offset,
+        bytes_per_query=blocks_per_query * max(4, top_k),
     )
     return ids.swapaxes(1, 2)
 

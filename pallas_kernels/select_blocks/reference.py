@@ -8,11 +8,11 @@ from pallas_kernels.dense_attention.reference import (
     accumulator_dtype,
     head_scores,
     masked_log_sum_exp,
+    score_bytes,
 )
 from pallas_kernels.visibility import (
     document_starts,
     map_query_chunks,
-    query_slots,
     visible_slots,
 )
 
@@ -31,10 +31,9 @@ def select_blocks(
     scale: float,
 ) -> Int[Array, "B Hkv T K"]:
     """The ids of the K best blocks per query and group, ascending, then -1."""
-    batch, num_queries, num_groups, _ = index_q.shape
-    num_keys = index_k.shape[1]
 
-    def select(index_q, slots):
+    def select(index_q, slots, index_k, segment_ids):
+        num_keys = index_k.shape[1]
         scores = index_scores(index_q, index_k, scale)
         visible = visible_slots(slots, num_keys, segment_ids)[:, None]
         blocks = pool_blocks(scores, visible, block_size, pooling)
@@ -45,9 +44,10 @@ def select_blocks(
 
     ids = map_query_chunks(
         select,
-        index_q,
-        query_slots(batch, num_queries, query_offset),
-        bytes_per_query=batch * num_groups * num_keys * accumulator_dtype(index_q).itemsize,
+        (index_q,),
+        (index_k, segment_ids),
+        query_offset,
+        bytes_per_query=score_bytes(index_q, index_k),
     )
     return ids.swapaxes(1, 2)
 
@@ -142,18 +142,16 @@ def main_block_mass(
     scale: float,
 ) -> Float[Array, "B Hkv T N"]:
     """Share of dense main-branch attention per block, the mean over a group's heads."""
-    batch, num_queries, num_heads, _ = q.shape
-    num_keys = k.shape[1]
+    num_blocks = -(-k.shape[1] // block_size)
 
-    def mass(q, slots):
-        visible = visible_slots(slots, num_keys, segment_ids)[:, None, None]
+    def mass(q, slots, k, segment_ids):
+        visible = visible_slots(slots, k.shape[1], segment_ids)[:, None, None]
         probabilities, _ = masked_log_sum_exp(head_scores(q, k, scale), visible)
-        return split_blocks(probabilities.mean(2), block_size, 0.0).sum(-1).swapaxes(1, 2)
+        blocks = split_blocks(probabilities.mean(2), block_size, 0.0).sum(-1).swapaxes(1, 2)
+        unseen = num_blocks - blocks.shape[-1]
+        return jnp.pad(blocks, [(0, 0), (0, 0), (0, 0), (0, unseen)])
 
     blocks = map_query_chunks(
-        mass,
-        q,
-        query_slots(batch, num_queries, query_offset),
-        bytes_per_query=batch * num_heads * num_keys * accumulator_dtype(q).itemsize,
+        mass, (q,), (k, segment_ids), query_offset, bytes_per_query=score_bytes(q, k)
     )
     return blocks.swapaxes(1, 2)

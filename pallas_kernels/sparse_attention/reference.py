@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dense_attention.reference import accumulator_dtype, masked_attention
+from pallas_kernels.dense_attention.reference import masked_attention, score_bytes
 from pallas_kernels.selection import block_mask
-from pallas_kernels.visibility import map_query_chunks, query_slots, visible_slots
+from pallas_kernels.visibility import map_query_chunks, visible_slots
 
 
 def sparse_attention(
@@ -20,20 +20,18 @@ def sparse_attention(
     scale: float,
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over the visible tokens of the selected blocks: output and log-sum-exp."""
-    batch, num_queries, num_heads, _ = q.shape
-    num_keys = k.shape[1]
 
-    def attend(q, block_ids, slots):
-        mask = support(block_ids.swapaxes(1, 2), block_size, slots, num_keys, segment_ids)
+    def attend(q, block_ids, slots, k, v, segment_ids):
+        mask = support(block_ids.swapaxes(1, 2), block_size, slots, k.shape[1], segment_ids)
         o, lse = masked_attention(q, k, v, mask[:, :, None], scale)
         return o, lse.swapaxes(1, 2)
 
     o, lse = map_query_chunks(
         attend,
-        q,
-        block_ids.swapaxes(1, 2),
-        query_slots(batch, num_queries, query_offset),
-        bytes_per_query=batch * num_heads * num_keys * accumulator_dtype(q).itemsize,
+        (q, block_ids.swapaxes(1, 2)),
+        (k, v, segment_ids),
+        query_offset,
+        bytes_per_query=score_bytes(q, k),
     )
     return o, lse.swapaxes(1, 2)
 
