@@ -16,7 +16,8 @@ def shard_over_batch_and_heads[R](
 ) -> Callable[..., R]:
     """Wraps `fn` in a `shard_map` over the explicit mesh axes that its first argument is split on.
 
-    Without an explicit mesh, or inside another `shard_map`, `fn` is called as it is.
+    Without an explicit mesh, or inside another `shard_map`, `fn` is called as it is. An axis that
+    is meant whole but arrives split is gathered.
 
     Args:
       fn: function of arrays; an argument that is no array (None, an int) is passed as it is.
@@ -25,7 +26,7 @@ def shard_over_batch_and_heads[R](
       out_layouts: the same for the results; `fn` returns a tuple of that length.
 
     Raises:
-      ValueError: from the call, if a whole axis of an argument is split, or heads do not divide.
+      ValueError: from the call, if the mesh axes do not divide an argument's batch or heads.
     """
 
     def run(*args):

@@ -1,0 +1,171 @@
+"""Every op on a mesh of eight fake devices: the single-device results, and really sharded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from every_op import OPS, edit, inputs
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from op_cases import BLOCK_SIZE, SEGMENT_IDS, assert_close, compiled, normal
+
+from pallas_kernels import main_block_mass, visibility
+
+BATCH_AXES = ("data", "fsdp")
+SHARDED = (
+    "select_blocks",
+    "random",
+    "oracle",
+    "sparse_attention",
+    "dense_attention, window",
+    "index_kl, selected",
+    "index_kl, dense",
+)
+SPECS = {name: P(BATCH_AXES, None, "tensor", None) for name in ("q", "k", "v", "index_q")} | {
+    "index_k": P(BATCH_AXES, None, None)
+}
+
+
+def four_rows(array):
+    """Twice the two rows of the other tests, in another order."""
+    return np.concatenate([array, array[::-1]])
+
+
+def mesh(axis_type=AxisType.Explicit, data=2, fsdp=2, tensor=2):
+    names = (*BATCH_AXES, "tensor")
+    return jax.make_mesh((data, fsdp, tensor), names, axis_types=(axis_type,) * 3)
+
+
+def place_on(a_mesh, x, specs=SPECS):
+    return {name: jax.device_put(x[name], NamedSharding(a_mesh, specs[name])) for name in x}
+
+
+def loss(results):
+    return sum((jnp.where(jnp.isfinite(x), x, 0) * normal(0, *x.shape)).sum() for x in results)
+
+
+def results_and_gradients(op, x, segment_ids):
+    """Under jit. Block ids have no gradient."""
+
+    def run(x, segment_ids):
+        results = OPS[op](x, {"segment_ids": segment_ids}, {})
+        if results[0].dtype == jnp.int32:
+            return results, {}
+        gradients = jax.grad(lambda x: loss(OPS[op](x, {"segment_ids": segment_ids}, {})))(x)
+        return results, gradients
+
+    return compiled(run)(x, segment_ids)
+
+
+def assert_same(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if a.dtype == jnp.int32:
+            np.testing.assert_array_equal(a, e)
+        else:
+            assert_close(a, e)
+
+
+@pytest.fixture
+def x(double_precision):
+    return edit(inputs("float64"), four_rows)
+
+
+@pytest.fixture
+def segment_ids():
+    return jnp.asarray(four_rows(SEGMENT_IDS))
+
+
+@pytest.mark.parametrize("op", SHARDED)
+def test_explicit_mesh(op, x, segment_ids):
+    """Batch rows over two mesh axes, heads over the third; documents come unsharded."""
+    expected = results_and_gradients(op, x, segment_ids)
+    explicit = mesh()
+    with jax.set_mesh(explicit):
+        placed = place_on(explicit, x)
+        results, gradients = results_and_gradients(op, placed, segment_ids)
+    assert_same((results, gradients), expected)
+    for result in results:
+        heads = ("tensor", None) if result.ndim == 4 else ("tensor",)
+        assert result.sharding.spec == P(BATCH_AXES, None, *heads)
+    for name, gradient in gradients.items():
+        assert gradient.sharding.spec == SPECS[name]
+
+
+@pytest.mark.parametrize("op", ["sparse_attention", "index_kl, selected"])
+def test_explicit_mesh_in_query_chunks(op, x, segment_ids, monkeypatch):
+    expected = results_and_gradients(op, x, segment_ids)
+    monkeypatch.setattr(visibility, "CHUNK_BYTES", 20_000)
+    explicit = mesh()
+    with jax.set_mesh(explicit):
+        assert_same(results_and_gradients(op, place_on(explicit, x), segment_ids), expected)
+
+
+def test_an_offset_per_row_is_split_with_the_batch(x):
+    def run(x, offset):
+        return OPS["sparse_attention"](x, {"query_offset": offset}, {})
+
+    x = x | {name: x[name][:, :16] for name in ("q", "index_q")}
+    offset = jnp.array([45, 41, 0, 7], jnp.int32)
+    expected = compiled(run)(x, offset)
+    explicit = mesh()
+    with jax.set_mesh(explicit):
+        assert_same(compiled(run)(place_on(explicit, x), offset), expected)
+
+
+def test_axes_meant_whole_are_gathered(x, segment_ids):
+    """Keys that arrive split over the sequence, and queries over their features."""
+    expected = results_and_gradients("dense_attention, window", x, segment_ids)
+    x = edit(x, lambda array: array)
+    explicit = mesh()
+    specs = SPECS | {"q": P("data", None, "tensor", "fsdp"), "v": P(None, None, None, "fsdp")}
+    with jax.set_mesh(explicit):
+        placed = place_on(explicit, x, specs)
+        assert_same(results_and_gradients("dense_attention, window", placed, segment_ids), expected)
+
+
+def test_main_block_mass(x, segment_ids):
+    run = compiled(functools.partial(main_block_mass, block_size=BLOCK_SIZE))
+    expected = run(x["q"], x["k"], segment_ids=segment_ids)
+    explicit = mesh()
+    with jax.set_mesh(explicit):
+        placed = place_on(explicit, x)
+        actual = run(placed["q"], placed["k"], segment_ids=segment_ids)
+    assert_close(actual, expected)
+    assert actual.sharding.spec == P(BATCH_AXES, "tensor", None, None)
+
+
+@pytest.mark.parametrize("op", ["sparse_attention", "index_kl, dense"])
+def test_automatic_mesh(op, x, segment_ids):
+    """The compiler shards what it can; the op asks for nothing."""
+    expected = results_and_gradients(op, x, segment_ids)
+    automatic = mesh(AxisType.Auto)
+    with jax.set_mesh(automatic):
+        assert_same(results_and_gradients(op, place_on(automatic, x), segment_ids), expected)
+
+
+def test_inside_a_shard_map_of_the_caller(x, segment_ids):
+    def local(x, segment_ids):
+        return OPS["sparse_attention"](x, {"segment_ids": segment_ids}, {})
+
+    expected = compiled(local)(x, segment_ids)
+    explicit = mesh()
+    by_rows = {name: P(BATCH_AXES) for name in x}
+    with jax.set_mesh(explicit):
+        mapped = jax.shard_map(
+            local, in_specs=(by_rows, P(BATCH_AXES)), out_specs=[P(BATCH_AXES)] * 2
+        )
+        placed = place_on(explicit, x, by_rows)
+        split = jax.device_put(segment_ids, NamedSharding(explicit, P(BATCH_AXES)))
+        assert_same(compiled(mapped)(placed, split), expected)
+
+
+@pytest.mark.parametrize("op", ["oracle", "dense_attention, window"])
+def test_heads_that_the_mesh_does_not_divide(op, x):
+    """Four query heads split over four devices, with two KV heads to serve them."""
+    explicit = mesh(data=1, fsdp=2, tensor=4)
+    specs = {name: P() for name in x} | {"q": P(None, None, "tensor", None)}
+    message = r"KV heads=2 is not divisible by the 4 devices of mesh axes \('tensor',\); choose"
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match=message):
+        OPS[op](place_on(explicit, x, specs), {}, {})
