@@ -50,14 +50,24 @@ class KVCache:
         v: Float[Array, "B T Hkv D"],
         index_k: Float[Array, "B T Di"] | None,
     ) -> "KVCache":
-        """The cache with T more tokens in every row."""
-        new = KVCache(
+        """The cache with T more tokens in every row.
+
+        Raises:
+          ValueError: index keys without a place for them, or a place for them left empty.
+        """
+        if (index_k is None) != (self.index_k is None):
+            raise ValueError(
+                "cache: made by a mixer of another kind (one of the two has index keys, the other "
+                "has not); make it with this mixer's init_cache"
+            )
+        return KVCache(
             _write(self.k, k, self.length),
             _write(self.v, v, self.length),
-            self.index_k if index_k is None else _write(self.index_k, index_k, self.length),
+            None
+            if index_k is None or self.index_k is None
+            else _write(self.index_k, index_k, self.length),
             self.length + k.shape[1],
         )
-        return new
 
 
 def _write(slots: Array, new: Array, start: Int[Array, "B"]) -> Array:

@@ -146,23 +146,24 @@ class MSAttention(nnx.Module):
         selection = None
         if mode.phase == "sparse" or mode.diagnostics or mode.selections:
             selection = self._select(q, k, index_q, index_k, shared, implementation, **place)
-        if mode.phase == "warmup":
+        if mode.phase == "warmup" or selection is None:
             o = dense_attention(q, k, v, implementation=implementation, **place)
         else:
             o, _ = sparse_attention(q, k, v, selection, implementation=implementation, **place)
         y = self.main.output(checkpoint_name(o, "attention_out"))
 
         aux = {}
-        if mode.losses and index_q is not None:
+        if mode.losses and index_q is not None and index_k is not None:
             support = None if mode.phase == "warmup" else selection
             kl, _ = index_kl(
                 q, k, index_q, index_k, support, implementation=implementation, **place
             )
             aux["index_kl"] = _mean_over_real(kl, segment_ids)
-        if mode.diagnostics and self.computes_selection:
-            aux |= selection_metrics(q, k, selection, self.config, **place)
-        if mode.selections and self.computes_selection:
-            aux["block_ids"] = selection.block_ids
+        if selection is not None and self.computes_selection:
+            if mode.diagnostics:
+                aux |= selection_metrics(q, k, selection, self.config, **place)
+            if mode.selections:
+                aux["block_ids"] = selection.block_ids
         return MixerOutput(y.astype(x.dtype), cache, selection, aux)
 
     def _select(self, q, k, index_q, index_k, shared, implementation, **place) -> BlockSelection:
