@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from msa_jax.attention import Mode
+from msa_jax.cost import Phase
 from msa_jax.model import Transformer, plan_stages
 from msa_jax.nn.moe import SelectionBias
 from msa_jax.objectives import alignment_loss, balance_loss, token_losses
@@ -27,7 +28,7 @@ _MEANS = ("index_kl", "router_entropy", "balance_loss")
 
 def make_train_step(
     config: ExperimentConfig,
-) -> Callable[[TrainState, Batch, str], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, Phase], tuple[TrainState, Metrics]]:
     """The jitted `(state, batch, phase) -> (state, metrics)`; `phase` as of `Mode`.
 
     Gradients of `optimizer.accumulation_steps` micro-batches add up to those of the whole batch:
@@ -62,7 +63,7 @@ def make_train_step(
         return total + config.moe.balance_weight * balance, metrics
 
     @partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, phase: str) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Metrics]:
         mode = Mode(phase=phase, losses=True)
         totals = {name: jnp.maximum(count, 1) for name, count in _counts(batch).items()}
         grad = jax.grad(loss_of, has_aux=True)
@@ -86,9 +87,10 @@ def make_train_step(
         metrics["tokens"] = totals["queries"]
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
         new = TrainState(
             state.step,
-            optax.apply_updates(state.params, updates),
+            params,
             balance_experts(config, state.variables, metrics),
             opt_state,
         )
