@@ -6,9 +6,19 @@ implementation of the ops that have several. Results have queries on axis 1.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from op_cases import BLOCK_SIZE, TOP_K, index_inputs, integers, main_inputs
+from op_cases import (
+    BLOCK_SIZE,
+    TOP_K,
+    assert_close,
+    compiled,
+    index_inputs,
+    integers,
+    main_inputs,
+    normal,
+)
 
 from pallas_kernels import (
     dense_attention,
@@ -68,6 +78,7 @@ OPS = {
     "index_kl, selected": align,
     "index_kl, dense": functools.partial(align, selected=False),
 }
+IDS = tuple(op for op in OPS if "attention" not in op and "kl" not in op)
 IMPLEMENTED = ("select_blocks", "sparse_attention", "dense_attention", "index_kl, selected")
 READS_NO_VALUES = ("strided", "random", "sliding_window")
 
@@ -82,3 +93,29 @@ def inputs(dtype, seed=0):
 def edit(x, fn):
     """The inputs after `fn` on each, as a numpy array."""
     return {name: jnp.asarray(fn(np.asarray(array)), array.dtype) for name, array in x.items()}
+
+
+def results_and_gradients(op, x, **place):
+    """Results, and gradients of all inputs for arbitrary cotangents; block ids have none.
+
+    Compiled afresh in every call, since meshes and chunk sizes are no arguments.
+    """
+
+    def run(x, place):
+        if op in IDS:
+            return OPS[op](x, place, {}), {}
+        results, pullback = jax.vjp(lambda x: OPS[op](x, place, {}), x)
+        cotangents = [jnp.where(jnp.isfinite(r), normal(0, *r.shape), 0) for r in results]
+        (gradients,) = pullback(cotangents)
+        return results, gradients
+
+    return compiled(run)(x, place)
+
+
+def assert_same(actual, expected):
+    """Equal block ids; numbers up to rounding."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if a.dtype == jnp.int32:
+            np.testing.assert_array_equal(a, e)
+        else:
+            assert_close(a, e)

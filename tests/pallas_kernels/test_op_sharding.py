@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from every_op import OPS, edit, inputs
+from every_op import OPS, assert_same, edit, inputs, results_and_gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from op_cases import BLOCK_SIZE, SEGMENT_IDS, assert_close, compiled, normal
+from op_cases import BLOCK_SIZE, SEGMENT_IDS, assert_close, compiled
 
 from pallas_kernels import main_block_mass, visibility
 
@@ -42,31 +42,6 @@ def place_on(a_mesh, x, specs=SPECS):
     return {name: jax.device_put(x[name], NamedSharding(a_mesh, specs[name])) for name in x}
 
 
-def loss(results):
-    return sum((jnp.where(jnp.isfinite(x), x, 0) * normal(0, *x.shape)).sum() for x in results)
-
-
-def results_and_gradients(op, x, segment_ids):
-    """Under jit. Block ids have no gradient."""
-
-    def run(x, segment_ids):
-        results = OPS[op](x, {"segment_ids": segment_ids}, {})
-        if results[0].dtype == jnp.int32:
-            return results, {}
-        gradients = jax.grad(lambda x: loss(OPS[op](x, {"segment_ids": segment_ids}, {})))(x)
-        return results, gradients
-
-    return compiled(run)(x, segment_ids)
-
-
-def assert_same(actual, expected):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if a.dtype == jnp.int32:
-            np.testing.assert_array_equal(a, e)
-        else:
-            assert_close(a, e)
-
-
 @pytest.fixture
 def x(double_precision):
     return edit(inputs("float64"), four_rows)
@@ -80,11 +55,11 @@ def segment_ids():
 @pytest.mark.parametrize("op", SHARDED)
 def test_explicit_mesh(op, x, segment_ids):
     """Batch rows over two mesh axes, heads over the third; documents come unsharded."""
-    expected = results_and_gradients(op, x, segment_ids)
+    expected = results_and_gradients(op, x, segment_ids=segment_ids)
     explicit = mesh()
     with jax.set_mesh(explicit):
         placed = place_on(explicit, x)
-        results, gradients = results_and_gradients(op, placed, segment_ids)
+        results, gradients = results_and_gradients(op, placed, segment_ids=segment_ids)
     assert_same((results, gradients), expected)
     for result in results:
         heads = ("tensor", None) if result.ndim == 4 else ("tensor",)
@@ -95,11 +70,13 @@ def test_explicit_mesh(op, x, segment_ids):
 
 @pytest.mark.parametrize("op", ["sparse_attention", "index_kl, selected"])
 def test_explicit_mesh_in_query_chunks(op, x, segment_ids, monkeypatch):
-    expected = results_and_gradients(op, x, segment_ids)
+    expected = results_and_gradients(op, x, segment_ids=segment_ids)
     monkeypatch.setattr(visibility, "CHUNK_BYTES", 20_000)
     explicit = mesh()
     with jax.set_mesh(explicit):
-        assert_same(results_and_gradients(op, place_on(explicit, x), segment_ids), expected)
+        assert_same(
+            results_and_gradients(op, place_on(explicit, x), segment_ids=segment_ids), expected
+        )
 
 
 def test_an_offset_per_row_is_split_with_the_batch(x):
@@ -116,13 +93,16 @@ def test_an_offset_per_row_is_split_with_the_batch(x):
 
 def test_axes_meant_whole_are_gathered(x, segment_ids):
     """Keys that arrive split over the sequence, and queries over their features."""
-    expected = results_and_gradients("dense_attention, window", x, segment_ids)
+    expected = results_and_gradients("dense_attention, window", x, segment_ids=segment_ids)
     x = edit(x, lambda array: array)
     explicit = mesh()
     specs = SPECS | {"q": P("data", None, "tensor", "fsdp"), "v": P(None, None, None, "fsdp")}
     with jax.set_mesh(explicit):
         placed = place_on(explicit, x, specs)
-        assert_same(results_and_gradients("dense_attention, window", placed, segment_ids), expected)
+        assert_same(
+            results_and_gradients("dense_attention, window", placed, segment_ids=segment_ids),
+            expected,
+        )
 
 
 def test_main_block_mass(x, segment_ids):
@@ -139,10 +119,12 @@ def test_main_block_mass(x, segment_ids):
 @pytest.mark.parametrize("op", ["sparse_attention", "index_kl, dense"])
 def test_automatic_mesh(op, x, segment_ids):
     """The compiler shards what it can; the op asks for nothing."""
-    expected = results_and_gradients(op, x, segment_ids)
+    expected = results_and_gradients(op, x, segment_ids=segment_ids)
     automatic = mesh(AxisType.Auto)
     with jax.set_mesh(automatic):
-        assert_same(results_and_gradients(op, place_on(automatic, x), segment_ids), expected)
+        assert_same(
+            results_and_gradients(op, place_on(automatic, x), segment_ids=segment_ids), expected
+        )
 
 
 def test_inside_a_shard_map_of_the_caller(x, segment_ids):

@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from every_op import OPS, inputs
+from every_op import OPS, assert_same, inputs, results_and_gradients
 from op_cases import (
     BATCH,
     NUM_BLOCKS,
@@ -12,9 +11,7 @@ from op_cases import (
     NUM_KEYS,
     NUM_KV_HEADS,
     PACKED,
-    assert_close,
     compiled,
-    normal,
 )
 
 from pallas_kernels import (
@@ -37,54 +34,61 @@ QUERY_BYTES = {
     "index_kl, selected": MAIN_BYTES,
     "index_kl, dense": MAIN_BYTES,
     "select_blocks": INDEX_BYTES,
-    "select_blocks, lse": INDEX_BYTES,
-    "strided": PATTERN_BYTES,
     "random": PATTERN_BYTES,
     "oracle": PATTERN_BYTES,
 }
 
 
-def weighted_sum(results):
-    return sum((jnp.where(jnp.isfinite(x), x, 0) * normal(0, *x.shape)).sum() for x in results)
-
-
-def results_and_gradients(op, x):
-    """Compiled afresh: the chunk size is no argument. Block ids have no gradient."""
-
-    def run(x):
-        results = OPS[op](x, PACKED.arrays(), {})
-        if results[0].dtype == jnp.int32:
-            return results, ()
-        return results, jax.grad(lambda x: weighted_sum(OPS[op](x, PACKED.arrays(), {})))(x)
-
-    return compiled(run)(x)
+@pytest.fixture
+def x(double_precision):
+    return inputs("float64")
 
 
 @pytest.mark.parametrize("op", QUERY_BYTES)
-def test_chunks_change_nothing(op, monkeypatch, double_precision):
-    """One query at a time, and chunks that leave a remainder."""
-    shapes = []
-    map_in_sequence = jax.lax.map
+def test_chunks_and_causal_ranges_change_nothing(op, x, monkeypatch):
+    whole = results_and_gradients(op, x, **PACKED.arrays())
 
-    def recording(fn, arrays):
-        shapes.extend(array.shape for array in jax.tree.leaves(arrays))
-        return map_in_sequence(fn, arrays)
+    with monkeypatch.context() as patched:
+        chunked = count_calls(patched, jax.lax, "map")
+        patched.setattr(visibility, "CHUNK_BYTES", 7 * QUERY_BYTES[op])  # a remainder of 5
+        assert_same(results_and_gradients(op, x, **PACKED.arrays()), whole)
+        assert (-(-NUM_KEYS // 7), BATCH, 7) in chunked, "no chunks were made"
 
-    monkeypatch.setattr(jax.lax, "map", recording)
-    x = inputs("float64")
-    whole = jax.tree.leaves(results_and_gradients(op, x))
-    assert not shapes
-    for chunk in (1, 7):
-        shapes.clear()
-        monkeypatch.setattr(visibility, "CHUNK_BYTES", chunk * QUERY_BYTES[op])
-        for actual, expected in zip(
-            jax.tree.leaves(results_and_gradients(op, x)), whole, strict=True
-        ):
-            if actual.dtype == jnp.int32:
-                np.testing.assert_array_equal(actual, expected)
-            else:
-                assert_close(actual, expected)
-        assert {shape[:3] for shape in shapes} >= {(-(-NUM_KEYS // chunk), BATCH, chunk)}
+    monkeypatch.setattr(visibility, "_MIN_RANGE", 13)  # four ranges that cut through blocks
+    ranges = count_calls(monkeypatch, jax.numpy, "concatenate")
+    assert_same(results_and_gradients(op, x, **PACKED.arrays()), whole)
+    assert (BATCH, 15, NUM_KV_HEADS) in ranges or (BATCH, 15, NUM_HEADS) in ranges
+
+
+def count_calls(monkeypatch, module, name):
+    """Leading axes of the arrays in the last argument of every call of the function."""
+    shapes, original = set(), getattr(module, name)
+
+    def recording(*arguments, **options):
+        shapes.update(a.shape[:3] for a in jax.tree.leaves(arguments) if hasattr(a, "shape"))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, recording)
+    return shapes
+
+
+def test_one_query_at_a_time(x, monkeypatch):
+    op = "sparse_attention"
+    whole = results_and_gradients(op, x)
+    monkeypatch.setattr(visibility, "CHUNK_BYTES", 1)
+    assert_same(results_and_gradients(op, x), whole)
+
+
+def test_causal_ranges_of_cached_decoding(x, monkeypatch):
+    """An offset known to the compiler shifts every range's prefix of the keys."""
+    decoded = x | {name: x[name][:, 40:60] for name in ("q", "index_q")}
+
+    def attend(x):
+        return OPS["sparse_attention"](x, {"query_offset": 40}, {})
+
+    whole = compiled(attend)(decoded)
+    monkeypatch.setattr(visibility, "_MIN_RANGE", 5)
+    assert_same(compiled(lambda x: attend(x))(decoded), whole)
 
 
 TOKENS = 32 * 1024
