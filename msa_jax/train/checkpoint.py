@@ -8,7 +8,7 @@ the project uses is in this file.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,29 +21,12 @@ ARCHITECTURE_SECTIONS = ("model", "attention", "moe")
 # How a model is computed or trained, not what it computes: these may differ from the checkpoint's.
 FREE_FIELDS = frozenset(
     {
+        "model.compute_dtype",
+        "model.scan_layers",
         "model.remat",
         "attention.implementation",
         "moe.balance_weight",
         "moe.bias_update_rate",
-    }
-)
-
-# What a dense model ignores, so that an MSA model may start from its parameters.
-INDEX_FIELDS = frozenset(
-    {
-        "model.num_full_attention_layers",
-        "attention.kind",
-        "attention.block_size",
-        "attention.top_k",
-        "attention.index_dim",
-        "attention.index_norm",
-        "attention.index_rope",
-        "attention.num_local_blocks",
-        "attention.num_sink_blocks",
-        "attention.pooling",
-        "attention.selector",
-        "attention.share_every",
-        "attention.detach_index_input",
     }
 )
 
@@ -131,7 +114,8 @@ class Checkpointer:
         """
         step = _find_step(self._manager, self._directory, step)
         saved = _read_config(self._manager, step)
-        _check_config(saved, config, (*ARCHITECTURE_SECTIONS, "data"), FREE_FIELDS, self._directory)
+        sections = (*ARCHITECTURE_SECTIONS, "data")
+        check_config(saved, config, source=self._directory, sections=sections)
         wanted = named_arrays(abstract_state)
         _check_arrays(_stored_shapes(self._manager, step), wanted, self._directory)
         arrays = _read_arrays(self._manager, step, wanted)
@@ -168,7 +152,6 @@ def load_parameters(
     config: ExperimentConfig,
     *,
     step: int | None = None,
-    keeps_fresh: Callable[[str], bool] | None = None,
 ) -> Any:
     """Reads parameters without the rest of the training state.
 
@@ -177,33 +160,47 @@ def load_parameters(
       target: a part of the training state by its field names, for example `{"params": params}`:
         arrays, or `jax.ShapeDtypeStruct`s with shardings. The result has its structure, dtypes and
         shardings.
-      config: what `target` was made from; its architecture must be the checkpoint's. With
-        `keeps_fresh` the fields that a dense model ignores may differ.
+      config: what `target` was made from; its architecture must be the checkpoint's.
       step: which checkpoint, None for the latest.
-      keeps_fresh: tells of a name such as "params/layers/attention/index_query" whether the
-        checkpoint may lack it; it then stays as it is in `target`.
 
     Raises:
       CheckpointError: there is no checkpoint, it is of another architecture, or it lacks a
         parameter, has one too many or one of another shape.
     """
     directory = checkpoint_directory(workdir)
-    free = FREE_FIELDS if keeps_fresh is None else FREE_FIELDS | INDEX_FIELDS
     with _reader(workdir) as manager:
         step = _find_step(manager, directory, step)
-        _check_config(_read_config(manager, step), config, ARCHITECTURE_SECTIONS, free, directory)
+        check_config(_read_config(manager, step), config, source=directory)
         wanted = named_arrays(target)
         stored = _stored_shapes(manager, step)
         groups = {name.split("/")[0] for name in wanted}
         stored = {name: shape for name, shape in stored.items() if name.split("/")[0] in groups}
-        fresh = {
-            name: array
-            for name, array in wanted.items()
-            if name not in stored and keeps_fresh is not None and keeps_fresh(name)
-        }
-        taken = {name: array for name, array in wanted.items() if name not in fresh}
-        _check_arrays(stored, taken, directory)
-        return _rebuild(target, {**_read_arrays(manager, step, taken), **fresh})
+        _check_arrays(stored, wanted, directory)
+        return _rebuild(target, _read_arrays(manager, step, wanted))
+
+
+def check_config(
+    saved: ExperimentConfig,
+    config: ExperimentConfig,
+    *,
+    source: str | os.PathLike[str],
+    sections: Sequence[str] = ARCHITECTURE_SECTIONS,
+    free: Collection[str] = FREE_FIELDS,
+) -> None:
+    """Raises `CheckpointError` with every field of `sections` that is not `free` and differs."""
+    differences = [
+        f"{field}: checkpoint {old!r}, config {new!r}"
+        for section in sections
+        for (field, old), (_, new) in zip(
+            _fields(saved, section), _fields(config, section), strict=True
+        )
+        if old != new and field not in free
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint in {source} is of another config ({'; '.join(differences)}): "
+            "set these back or take another workdir"
+        )
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -279,28 +276,6 @@ def _read_arrays(
         partial_restore=True,
     )
     return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-
-
-def _check_config(
-    saved: ExperimentConfig,
-    config: ExperimentConfig,
-    sections: tuple[str, ...],
-    free: frozenset[str],
-    directory: pathlib.Path,
-) -> None:
-    differences = [
-        f"{field}: checkpoint {old!r}, config {new!r}"
-        for section in sections
-        for (field, old), (_, new) in zip(
-            _fields(saved, section), _fields(config, section), strict=True
-        )
-        if old != new and field not in free
-    ]
-    if differences:
-        raise CheckpointError(
-            f"the checkpoint in {directory} is of another config ({'; '.join(differences)}): "
-            "set these back or take another workdir"
-        )
 
 
 def _fields(config: ExperimentConfig, section: str) -> Iterator[tuple[str, object]]:

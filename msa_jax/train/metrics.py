@@ -40,7 +40,10 @@ class MetricWriter:
             _cut_after(path, resume_step)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         self._board = tensorboardX.SummaryWriter(
-            os.fspath(path.parent / "tensorboard"), purge_step=resume_step + 1
+            os.fspath(path.parent / "tensorboard"),
+            purge_step=resume_step + 1,
+            max_queue=1000,  # a record is many events: it must not wait for the disk
+            flush_secs=30,
         )
 
     def __enter__(self) -> "MetricWriter":
@@ -65,7 +68,6 @@ class MetricWriter:
         self._file.write(f"{line}\n".encode())
         for name, array in arrays.items():
             self._write_board(step, f"{split}/{name}", array)
-        self._board.flush()
 
     def close(self) -> None:
         """Closes both files."""

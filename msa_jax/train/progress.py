@@ -1,12 +1,13 @@
 """Progress on standard error: a live bar on a terminal, plain lines anywhere else."""
 
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import rich.console
 import rich.progress
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What the training loop reports to; `TrainingProgress` and `NoProgress` are two of them."""
 

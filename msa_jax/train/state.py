@@ -1,12 +1,12 @@
 """The training state, and how it is made on a mesh."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
 
 from msa_jax.model import Transformer
 from msa_jax.sharding import parameter_shardings
@@ -20,13 +20,14 @@ class TrainState:
     """Everything a training step changes.
 
     Attributes:
-      step: finished optimizer steps.
+      step: finished optimizer steps, an int32 scalar. (Not typed as an array: trees of shapes or
+        shardings have this class too.)
       params: what gradients update (`nnx.Param`).
       variables: the rest of the model's variables: selection biases.
       opt_state: the optimizer's.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: nnx.State
     variables: nnx.State
     opt_state: optax.OptState

@@ -82,7 +82,7 @@ def make_train_step(
             rest = jax.tree.map(lambda a: a[1:], micro)
             (gradients, metrics), _ = jax.lax.scan(accumulate, sums, rest)
 
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
         metrics["tokens"] = totals["queries"]
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])

@@ -40,15 +40,13 @@ class State:
     opt_state: optax.OptState
 
 
-def make_state(seed: int = 0, extra: bool = False) -> State:
+def make_state(seed: int = 0) -> State:
     rng = np.random.default_rng(seed)
 
     def param(shape, dtype="float32", axes=("embed", "mlp")):
         return nnx.Param(jnp.asarray(rng.normal(size=shape), dtype), logical_axes=axes)
 
     layers = {"kernel": param((2, 8, 4)), "gain": param((2, 8), "bfloat16", ("embed",))}
-    if extra:
-        layers["index_query"] = param((2, 8, 3))
     params = nnx.State({"layers": layers, "blocks": {0: {"bias": param((8,), axes=("embed",))}}})
     return State(jnp.int32(seed), params, optax.adamw(1e-3).init(params))
 
@@ -193,29 +191,6 @@ def test_parameters_alone_are_read_without_the_rest(tmp_path):
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", None)
 
 
-def is_index(name: str) -> bool:
-    return "index" in name
-
-
-def test_an_msa_model_takes_a_dense_runs_parameters_and_keeps_its_index_branch(tmp_path):
-    dense, target = make_state(0), make_state(1, extra=True)
-    save_one(tmp_path, dense, with_attention(kind="gqa", top_k=4))
-    taken = load_parameters(
-        tmp_path, {"params": target.params}, with_attention(), keeps_fresh=is_index
-    )
-    arrays = named_arrays(taken)
-    fresh = arrays.pop("params/layers/index_query")
-    assert_equal(arrays, named_arrays({"params": dense.params}))
-    assert_equal(fresh, target.params["layers"]["index_query"].get_value())
-
-
-def test_a_dense_run_of_another_shape_is_refused(tmp_path):
-    save_one(tmp_path, make_state(), with_attention(kind="gqa", rope_dim=32))
-    target = {"params": make_state(extra=True).params}
-    with pytest.raises(CheckpointError, match=r"\(attention\.rope_dim: checkpoint 32, config 64\)"):
-        load_parameters(tmp_path, target, CONFIG, keeps_fresh=is_index)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -235,7 +210,7 @@ def test_a_dense_run_of_another_shape_is_refused(tmp_path):
     [
         lambda checkpointer, workdir, state: checkpointer.restore(state, CONFIG),
         lambda checkpointer, workdir, state: load_parameters(
-            workdir, {"params": state.params}, CONFIG, keeps_fresh=is_index
+            workdir, {"params": state.params}, CONFIG
         ),
     ],
     ids=["restore", "load_parameters"],

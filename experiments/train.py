@@ -1,0 +1,61 @@
+"""Trains one model.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/msa
+    python -m experiments.train --config=configs/quickstart.py:gqa --workdir=runs/gqa
+    python -m experiments.train --config=configs/quickstart.py --config.attention.top_k=4 \\
+        --workdir=runs/msa_top_4
+
+Every field of `msa_jax.train.config.ExperimentConfig` can be set as `--config.section.field=value`.
+What the work directory then holds is described in `msa_jax.train.loop`. The same command again goes
+on from the last checkpoint. Ctrl-C or SIGTERM ends a run after the running step, with a checkpoint.
+
+MSA from a trained dense model of the same shape (MSA-CPT):
+
+    python -m experiments.train --config=configs/quickstart.py --config.train.init_from=runs/gqa \\
+        --workdir=runs/msa_from_gqa
+
+Exit code: 0 when all steps are done, 2 after a mistake in the command line, config or checkpoint,
+1 when the loss or a gradient became NaN or infinite, 128 + the signal's number after a signal.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments import cli
+from msa_jax.train.config import ExperimentConfig
+from msa_jax.train.loop import NonFiniteError, train
+from msa_jax.train.progress import TrainingProgress
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds this script's flags."""
+    flags.DEFINE_string("workdir", None, "directory of the run; required", flag_values=values)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one experiment; returns the exit code."""
+    values, config = cli.parse_with_config(argv, define_flags, usage=__doc__ or "")
+    if not values.workdir:
+        raise cli.UsageError("--workdir is missing: name the run's directory, --workdir=runs/msa")
+    return run_experiment(config, pathlib.Path(values.workdir))
+
+
+def run_experiment(config: ExperimentConfig, workdir: pathlib.Path) -> int:
+    """Trains, or goes on training, with progress on standard error; returns the exit code."""
+    progress = TrainingProgress(
+        config.train.steps, title=workdir.name, plain_every=config.train.log_every
+    )
+    try:
+        with progress:
+            result = train(config, workdir, progress=progress)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if result.interrupted is None else 128 + result.interrupted
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

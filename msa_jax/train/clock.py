@@ -1,0 +1,88 @@
+"""Where the wall clock's time goes, and model FLOPs utilisation from it."""
+
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from msa_jax import cost
+from msa_jax.config import ArchitectureConfig
+from msa_jax.cost import Phase
+from msa_jax.train.metrics import CLOCK_PREFIX
+
+
+class StepClock:
+    """Sums seconds and tokens between two metric records.
+
+    Args:
+      config: of the model, for its FLOPs.
+      length: tokens per row. Documents are counted as if each filled a row, so with shorter ones
+        the utilisation is an upper bound.
+      devices: that the model runs on.
+    """
+
+    def __init__(self, config: ArchitectureConfig, length: int, devices: list[jax.Device]):
+        self._config = config
+        self._length = length
+        self._devices = devices
+        self._compiled: set[str] = set()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+        self._steps = 0
+        self._tokens = 0
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the block's time to `clock/<name>_seconds`."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def add_step(self, phase: Phase, seconds: float, tokens: int) -> float | None:
+        """Counts one step.
+
+        The first step of a phase goes to `clock/compile_seconds`, which so holds one step besides.
+
+        Args:
+          phase: of the step.
+          seconds: it took.
+          tokens: real ones, no padding, in its batch.
+
+        Returns:
+          Tokens per second; None for a first step.
+        """
+        if phase not in self._compiled:
+            self._compiled.add(phase)
+            self._seconds["compile"] += seconds
+            return None
+        self._seconds["step"] += seconds
+        self._steps += 1
+        self._tokens += tokens
+        return tokens / seconds
+
+    def take(self, phase: Phase) -> dict[str, float]:
+        """The fields of a record, and a fresh start.
+
+        Args:
+          phase: whose FLOPs count.
+
+        Returns:
+          `clock/step_seconds` (mean), `clock/tokens_per_second` and, on a device whose peak is
+          known, `clock/mfu_sparse` and `clock/mfu_dense_equivalent` (see `msa_jax.cost`), all of
+          timed steps; sums of what `measure` saw and of compilation.
+        """
+        seconds = dict(self._seconds)
+        step_seconds = seconds.pop("step", 0.0)
+        fields = {f"{name}_seconds": value for name, value in seconds.items()}
+        if self._steps:
+            rate = self._tokens / step_seconds
+            fields |= {"step_seconds": step_seconds / self._steps, "tokens_per_second": rate}
+            flops = cost.training_flops_per_token(self._config, self._length, phase=phase)
+            for name, per_token in flops._asdict().items():
+                kind = self._devices[0].device_kind
+                utilisation = cost.mfu(per_token, rate, kind, len(self._devices))
+                fields |= {} if utilisation is None else {f"mfu_{name}": utilisation}
+        self._seconds.clear()
+        self._steps = self._tokens = 0
+        return {f"{CLOCK_PREFIX}{name}": value for name, value in fields.items()}

@@ -1,0 +1,237 @@
+"""The training loop: data in, checkpoints and metrics out, nothing lost on the way.
+
+A run lives in its work directory:
+
+| file | content |
+|---|---|
+| `manifest.json` | every start: config, versions, git commit, devices |
+| `metrics.jsonl`, `tensorboard/` | training and validation records |
+| `checkpoints/` | the newest states; started again, the run goes on from the last one |
+| `nan_step_N/` | after a step that was not finite: the state before it, its batch, a message |
+| `profile/` | the profiler window |
+
+Steps count from 1: a record or a checkpoint of step N is of N finished optimizer steps.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from msa_jax.config import require
+from msa_jax.cost import Phase
+from msa_jax.data.packing import Batch
+from msa_jax.data.pipeline import TrainIterator, train_iterator, validation_batches, vocab_size
+from msa_jax.model import require_vocabulary
+from msa_jax.sharding import RULES, make_mesh, place_batch
+from msa_jax.train.checkpoint import Checkpointer
+from msa_jax.train.clock import StepClock
+from msa_jax.train.config import ExperimentConfig
+from msa_jax.train.evaluation import make_evaluator
+from msa_jax.train.initialize import initialize_from
+from msa_jax.train.interrupt import Interruption
+from msa_jax.train.manifest import write_manifest
+from msa_jax.train.metrics import MetricWriter
+from msa_jax.train.profiler import ProfilerWindow
+from msa_jax.train.progress import NoProgress, Progress
+from msa_jax.train.state import TrainState, abstract_state, create_state
+from msa_jax.train.step import make_train_step
+
+
+class NonFiniteError(FloatingPointError):
+    """A step whose loss or gradient is NaN or infinite; the message says where its state is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      state: the last one, which is also saved.
+      step: optimizer steps finished.
+      interrupted: the signal that ended it early, None when all steps are done.
+    """
+
+    state: TrainState
+    step: int
+    interrupted: signal.Signals | None
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainResult:
+    """Trains up to `config.train.steps`, from the latest checkpoint in `workdir` if it has one.
+
+    A run that was interrupted and started again computes, to the bit, what it would have computed
+    in one go. SIGTERM and SIGINT end it after the running step, with a checkpoint.
+
+    Args:
+      config: the run.
+      workdir: its directory; made if absent.
+      progress: is told of every step and event; the caller enters and leaves it.
+      devices: to make the mesh of, by default all.
+
+    Raises:
+      ConfigError: the config does not fit the corpus, the tokenizer or the devices.
+      CheckpointError: a checkpoint is of another architecture or other data.
+      NonFiniteError: loss or gradient became NaN or infinite.
+    """
+    workdir, progress = pathlib.Path(workdir), progress or NoProgress()
+    mesh = make_mesh(dataclasses.asdict(config.mesh), None if devices is None else list(devices))
+    _check_batch_size(config, mesh)
+    require_vocabulary(config, vocab_size(config.data))
+    data = train_iterator(config.data, block_size=config.attention.block_size)
+    with (
+        jax.set_mesh(mesh),
+        jax.debug_nans(config.train.debug_nans or jax.config.jax_debug_nans),
+        Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer,
+    ):
+        start = checkpointer.latest_step()
+        if start is not None:
+            restored = checkpointer.restore(abstract_state(config, mesh), config)
+            state = restored.state
+            data.set_state(restored.data_state)
+            progress.message(f"resuming {workdir} after step {start}")
+        else:
+            state = create_state(config, mesh)
+            if config.train.init_from:
+                state = initialize_from(config.train.init_from, state, config, mesh)
+                progress.message(f"starting from the parameters in {config.train.init_from}")
+        write_manifest(workdir, config, resumed_from_step=start)
+        with (
+            MetricWriter(workdir, resume_step=start or 0) as writer,
+            ProfilerWindow(config.train, workdir) as profiler,
+            Interruption() as interruption,
+        ):
+            run = _Run(config, workdir, mesh, checkpointer, writer, profiler, progress)
+            return run.steps(state, data, start or 0, interruption)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all steps of a run have in common."""
+
+    config: ExperimentConfig
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    checkpointer: Checkpointer
+    writer: MetricWriter
+    profiler: ProfilerWindow
+    progress: Progress
+
+    def steps(
+        self, state: TrainState, data: TrainIterator, start: int, interruption: Interruption
+    ) -> TrainResult:
+        """Runs the steps after `start`."""
+        config, last = self.config, self.config.train.steps
+        if start >= last:
+            self.progress.message(f"nothing to do: train.steps={last} are done")
+            return TrainResult(state, start, None)
+        clock = StepClock(config, config.data.sequence_length, list(self.mesh.devices.flat))
+        train_step, evaluate = make_train_step(config), self._make_evaluator()
+        position, batch = data.get_state(), next(data)
+        for step in range(start + 1, last + 1):
+            self.profiler.before_step(step)
+            phase = phase_of(config, step)
+            began = time.perf_counter()
+            state, metrics = train_step(state, place_batch(batch, self.mesh), phase)
+            with clock.measure("data"):  # while the devices work
+                next_position, next_batch = data.get_state(), next(data)
+            values = jax.device_get(metrics)
+            if not values.pop("finite"):
+                self.writer.write(step, "train", values)
+                raise NonFiniteError(self._dump(step, phase, state, batch, position, values))
+            rate = clock.add_step(phase, time.perf_counter() - began, int(values["tokens"]))
+            self.progress.update(step, phase=phase, loss=float(values["loss"]), rate=rate)
+
+            if _due(step, config.train.log_every, last):
+                values |= {"sparse": int(phase == "sparse"), **clock.take(phase)}
+                self.writer.write(step, "train", values)
+            if _due(step, config.train.eval_every, last):
+                with clock.measure("evaluation"):
+                    record = evaluate(state, phase)
+                self.writer.write(step, "validation", record)
+                self.progress.message(f"step {step}: validation loss {record['loss']:.4f}")
+            if _due(step, config.train.checkpoint_every, last) or interruption.signal:
+                with clock.measure("checkpoint"):
+                    self.checkpointer.save(step, state, next_position, config)
+                if interruption.signal and step < last:
+                    self.progress.message(f"{interruption.signal.name}: saved step {step}")
+                    return TrainResult(state, step, interruption.signal)
+            position, batch = next_position, next_batch
+        return TrainResult(state, last, None)
+
+    def _make_evaluator(self) -> Callable[[TrainState, Phase], dict[str, Any]]:
+        data = self.config.data
+        block_size, count = self.config.attention.block_size, self.config.train.eval_batches
+        batches = list(validation_batches(data, block_size=block_size, num_batches=count))
+        mend = "leaves no validation batch: raise it, or give more files"
+        require(bool(batches), "data.validation_fraction", data.validation_fraction, mend)
+        return make_evaluator(self.config, batches, self.mesh)
+
+    def _dump(
+        self,
+        step: int,
+        phase: Phase,
+        state: TrainState,
+        batch: Batch,
+        position: Mapping[str, Any],
+        values: Mapping[str, np.ndarray],
+    ) -> str:
+        """Writes what a step that was not finite started from; returns what there is to say.
+
+        The directory is a work directory of its own: training in it repeats the step.
+        """
+        directory = self.workdir / f"nan_step_{step}"
+        shutil.rmtree(directory, ignore_errors=True)
+        before = dataclasses.replace(state, step=state.step - 1)
+        with Checkpointer(directory) as checkpointer:
+            checkpointer.save(step - 1, before, position, self.config)
+        np.savez(directory / "batch.npz", allow_pickle=False, **batch)
+        culprits = [name for name, value in values.items() if not np.isfinite(value).all()]
+        message = (
+            f"step {step} ({phase}) is not finite: loss {values['loss']:.6g}, gradient norm "
+            f"{values['gradient_norm']:.6g}, learning rate {values['learning_rate']:.3g}; NaN or "
+            f"infinite: {', '.join(culprits)}. {directory} has the state before it and its batch; "
+            f"to stop in the operation that fails, repeat the command with --workdir={directory} "
+            "--config.train.debug_nans"
+        )
+        (directory / "message.txt").write_text(f"{message}\n")
+        return message
+
+
+def phase_of(config: ExperimentConfig, step: int) -> Phase:
+    """The `Mode.phase` of a step, counted from 1; a model without MSA has only one."""
+    layers = range(config.model.num_layers)
+    sparse = any(config.attention_of(layer).kind == "msa" for layer in layers)
+    return "warmup" if sparse and step <= config.objective.index_warmup_steps else "sparse"
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, does now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _check_batch_size(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
+    axes = RULES.spec("batch", mesh_axes=mesh.axis_names)[0]
+    parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    parts *= config.optimizer.accumulation_steps
+    require(
+        config.data.batch_size % parts == 0,
+        "data.batch_size",
+        config.data.batch_size,
+        f"must be a multiple of {parts}: every micro-batch splits over the mesh axes data, fsdp "
+        "and expert",
+    )

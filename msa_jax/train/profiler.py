@@ -1,0 +1,44 @@
+"""A profile of a few training steps, for XProf or Perfetto."""
+
+import os
+import pathlib
+
+import jax
+
+from msa_jax.train.config import TrainConfig
+
+
+class ProfilerWindow:
+    """Traces steps `profile_start` to `profile_start + profile_steps - 1`; a context manager.
+
+    Args:
+      config: the window; without `profile_steps` nothing is traced.
+      workdir: the trace goes to `workdir/profile`.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: str | os.PathLike[str]):
+        self._steps = range(config.profile_start, config.profile_start + config.profile_steps)
+        self._directory = pathlib.Path(workdir) / "profile"
+        self._tracing = False
+
+    def __enter__(self) -> "ProfilerWindow":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+    def before_step(self, step: int) -> None:
+        """Starts or stops the trace; call before every step.
+
+        Args:
+          step: the one about to run, counted from 1.
+        """
+        if (step in self._steps) == self._tracing:
+            return
+        if self._tracing:
+            jax.profiler.stop_trace()
+        else:
+            jax.profiler.start_trace(self._directory)
+        self._tracing = not self._tracing
