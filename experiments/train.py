@@ -18,6 +18,7 @@ Exit code: 0 when all steps are done, 2 after a mistake in the command line, con
 1 when the loss or a gradient became NaN or infinite, 128 + the signal's number after a signal.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,14 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
+from msa_jax.eval.evaluation import evaluate
+from msa_jax.sharding import make_mesh
 from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.loop import NonFiniteError, train
 from msa_jax.train.progress import TrainingProgress
+
+# Enough for a mean that tells models a percent apart.
+_FINAL_EVAL_BATCHES = 32
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -44,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_experiment(config: ExperimentConfig, workdir: pathlib.Path) -> int:
-    """Trains, or goes on training, with progress on standard error; returns the exit code."""
+    """Trains, or goes on training, then scores the model on held-out text.
+
+    Returns:
+      The exit code.
+    """
     progress = TrainingProgress(
         config.train.steps, title=workdir.name, plain_every=config.train.log_every
     )
@@ -54,7 +64,12 @@ def run_experiment(config: ExperimentConfig, workdir: pathlib.Path) -> int:
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if result.interrupted is None else 128 + result.interrupted
+    if result.interrupted is not None:
+        return 128 + result.interrupted
+    progress.message(f"{workdir.name}: final evaluation")
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    evaluate(config, result.state, mesh, workdir, num_batches=_FINAL_EVAL_BATCHES)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Continued pretraining: a model starts from another run's parameters, layer by layer.
+"""Models from other runs' checkpoints: as they are, or as the start of continued pretraining.
 
 An MSA model has all the parameters of its dense twin, and its index branch besides. The two may
 stack their layers differently (`msa_jax.model.plan_stages`), so parameters are matched by layer
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from msa_jax.config import ArchitectureConfig
-from msa_jax.model import plan_stages
+from msa_jax.model import Transformer, plan_stages
 from msa_jax.train.checkpoint import (
     FREE_FIELDS,
     CheckpointError,
@@ -24,7 +24,7 @@ from msa_jax.train.checkpoint import (
     load_parameters,
 )
 from msa_jax.train.config import ExperimentConfig
-from msa_jax.train.state import TrainState, abstract_state
+from msa_jax.train.state import TrainState, abstract_model, abstract_state
 
 # What a dense model ignores. Its checkpoint may say anything here.
 INDEX_FIELDS = frozenset(
@@ -61,6 +61,23 @@ class _Row(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.array.shape if self.index is None else self.array.shape[1:]
+
+
+def load_model(workdir: str | os.PathLike[str]) -> tuple[Transformer, ExperimentConfig]:
+    """The model of a run's latest checkpoint, on one device and free of any mesh, and its config.
+
+    Raises:
+      CheckpointError: there is no checkpoint in `workdir`, or it cannot be read.
+    """
+    config = load_config(workdir)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    graph, params, variables = nnx.split(abstract_model(config), nnx.Param, ...)
+    target = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
+        {"params": params, "variables": variables},
+    )
+    found = load_parameters(workdir, target, config)
+    return nnx.merge(graph, found["params"], found["variables"]), config
 
 
 def initialize_from(

@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, as pure jitted functions."""
 
+import functools
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ def make_train_step(
         total = language + config.objective.kl_weight * alignment
         return total + config.moe.balance_weight * balance, metrics
 
-    @partial(jax.jit, static_argnums=2, donate_argnums=0)
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
     def step(state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Metrics]:
         mode = Mode(phase=phase, losses=True)
         totals = {name: jnp.maximum(count, 1) for name, count in _counts(batch).items()}
@@ -100,13 +100,17 @@ def make_train_step(
     return step
 
 
+@functools.cache
 def make_eval_step(
     config: ExperimentConfig,
 ) -> Callable[[TrainState, Batch, Mode], tuple[Array, Metrics]]:
-    """The jitted `(state, batch, mode) -> (token losses [B, T], aux)`; computes no gradient."""
+    """The jitted `(state, batch, mode) -> (token losses [B, T], aux)`; computes no gradient.
+
+    One function per config, so that the evaluation after training compiles nothing again.
+    """
     graph = model_graph(config)
 
-    @partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2)
     def step(state: TrainState, batch: Batch, mode: Mode) -> tuple[Array, Metrics]:
         model: Transformer = merge_model(graph, state)
         output = model(
