@@ -161,7 +161,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dic
     if rows % parts:
         raise ConfigError(
             f"data.batch_size={rows}: is not divisible by the {parts} devices of mesh axes "
-            f"{', '.join(_names(spec[0]))} that split it"
+            f"{', '.join(_names(spec[0]))} that split it; choose a multiple of {parts}"
         )
     sharding = NamedSharding(mesh, spec)
     return {
