@@ -206,7 +206,7 @@ class _Run:
             f"{values['gradient_norm']:.6g}, learning rate {values['learning_rate']:.3g}; NaN or "
             f"infinite: {', '.join(culprits)}. {directory} has the state before it and its batch; "
             f"to stop in the operation that fails, repeat the command with --workdir={directory} "
-            "--config.train.debug_nans"
+            "--config.train.debug_nans --config.model.scan_layers=false"
         )
         (directory / "message.txt").write_text(f"{message}\n")
         return message

@@ -20,7 +20,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Training replaced by a note of its arguments; `outcome` is what it does."""
+    """Training and final evaluation replaced by notes of their arguments.
+
+    `outcome` is what training does: raise it, be interrupted by it, or None to finish.
+    """
     monkeypatch.chdir(ROOT)
     noted: dict = {"outcome": None}
 
@@ -28,9 +31,13 @@ def calls(monkeypatch):
         noted.update(config=config, workdir=workdir)
         if isinstance(noted["outcome"], Exception):
             raise noted["outcome"]
-        return types.SimpleNamespace(interrupted=noted["outcome"])
+        return types.SimpleNamespace(interrupted=noted["outcome"], state="the last state")
+
+    def evaluate(config, state, mesh, workdir, **options):
+        noted.update(evaluated=(config, state, workdir))
 
     monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(script, "evaluate", evaluate)
     return noted
 
 
@@ -45,6 +52,7 @@ def test_config_fields_and_workdir_reach_the_loop(calls, tmp_path):
     assert isinstance(calls["config"], ExperimentConfig)
     assert calls["config"].train.steps == 7
     assert calls["config"].attention.kind == "gqa"
+    assert calls["evaluated"] == (calls["config"], "the last state", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,9 @@ def test_config_fields_and_workdir_reach_the_loop(calls, tmp_path):
 def test_exit_codes(calls, capsys, outcome, code, line):
     calls["outcome"] = outcome
     assert run(f"--config={CONFIG}", "--workdir=unused") == code
-    assert capsys.readouterr().err == line
+    errors = [text for text in capsys.readouterr().err.splitlines() if "evaluation" not in text]
+    assert errors == line.splitlines()
+    assert ("evaluated" in calls) == (outcome is None)
 
 
 def test_a_missing_workdir_is_one_line(calls, capsys):
