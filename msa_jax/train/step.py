@@ -66,21 +66,22 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Metrics]:
         mode = Mode(phase=phase, losses=True)
         totals = {name: jnp.maximum(count, 1) for name, count in _counts(batch).items()}
-        grad = jax.grad(loss_of, has_aux=True)
+
+        def grad(micro):
+            gradient_of = jax.grad(loss_of, has_aux=True)
+            return gradient_of(state.params, state.variables, micro, totals, mode)
 
         def accumulate(sums, micro):
-            return jax.tree.map(
-                jnp.add, sums, grad(state.params, state.variables, micro, totals, mode)
-            ), None
+            return jax.tree.map(jnp.add, sums, grad(micro)), None
 
         if parts == 1:
-            gradients, metrics = grad(state.params, state.variables, batch, totals, mode)
+            gradients, metrics = grad(batch)
         else:
             micro = _split(batch, parts)
-            first = jax.tree.map(lambda a: a[0], micro)
-            sums = grad(state.params, state.variables, first, totals, mode)
-            rest = jax.tree.map(lambda a: a[1:], micro)
-            (gradients, metrics), _ = jax.lax.scan(accumulate, sums, rest)
+            # Sums from zeros: from the first micro-batch's, the model would be compiled twice.
+            shapes = jax.eval_shape(grad, jax.tree.map(lambda a: a[0], micro))
+            sums = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), shapes)
+            (gradients, metrics), _ = jax.lax.scan(accumulate, sums, micro)
 
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
