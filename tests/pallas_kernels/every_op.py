@@ -65,9 +65,8 @@ def align(x, place, chosen, selected=True):
 
 OPS = {
     "select_blocks": select,
-    "select_blocks, forced": functools.partial(select, num_local_blocks=2),
-    "select_blocks, mean": functools.partial(select, pooling="mean"),
-    "select_blocks, lse": functools.partial(select, pooling="lse"),
+    "select_blocks, mean": functools.partial(select, pooling="mean", num_local_blocks=2),
+    "select_blocks, lse": functools.partial(select, pooling="lse", num_sink_blocks=1),
     "strided": functools.partial(select_by, "strided"),
     "random": functools.partial(select_by, "random", num_sink_blocks=1),
     "sliding_window": functools.partial(select_by, "sliding_window"),

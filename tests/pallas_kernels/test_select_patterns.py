@@ -10,6 +10,7 @@ import pytest
 from op_cases import (
     BATCH,
     BLOCK_SIZE,
+    HEAD_DIM,
     LAYOUTS,
     NUM_KEYS,
     NUM_KV_HEADS,
@@ -29,7 +30,7 @@ LONG, LONG_TOP_K = 96, 6
 
 
 @functools.partial(
-    compiled, static_argnames=("pattern", "top_k", "num_local_blocks", "num_sink_blocks")
+    compiled, static_argnames=("pattern", "top_k", "num_local_blocks", "num_sink_blocks", "scale")
 )
 def select(pattern, q, k, *, top_k=TOP_K, query_offset=None, **options):
     options["query_offset"] = 0 if query_offset is None else query_offset
@@ -119,6 +120,15 @@ def test_oracle_keeps_the_blocks_with_the_most_attention(layout, double_precisio
                 scores = {n: expected[b, r, t, n] for n in seen if expected[b, r, t, n] > 0}
                 wanted = numpy_oracle.top_blocks(scores, forced, TOP_K)
                 assert ids[b, r, t].tolist() == wanted
+
+
+def test_scale_of_the_main_scores(double_precision):
+    """A flatter softmax spreads the mass; equal blocks then tie, and the lower id wins."""
+    q, k, _ = main_inputs("float64")
+    measure = compiled(functools.partial(main_block_mass, block_size=BLOCK_SIZE, scale=0.1))
+    assert_close(measure(q, k), expected_mass(q * 0.1 * HEAD_DIM**0.5, k, ONE_DOCUMENT))
+    ids = select("oracle", q, k, scale=0.0)
+    assert ids[0, 0, -1].tolist() == [0, 1, 7]
 
 
 def test_oracle_of_nan_attention_keeps_the_forced_blocks():
