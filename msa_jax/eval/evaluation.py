@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from msa_jax.attention import Mode
+from msa_jax.data.packing import Batch
 from msa_jax.data.pipeline import validation_batches
 from msa_jax.data.tokenizer import Tokenizer, load_tokenizer
 from msa_jax.eval.runs import Evaluation
 from msa_jax.sharding import place_batch
 from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.state import TrainState
-from msa_jax.train.step import Batch, make_eval_step
+from msa_jax.train.step import make_eval_step
 
 # Widths of the position buckets double: the start of the context is where the loss moves.
 _FIRST_BUCKET = 16
