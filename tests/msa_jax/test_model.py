@@ -235,7 +235,7 @@ def expected_gradients(make_model):
 @pytest.mark.parametrize(
     "model",
     [{"remat": "full"}, {"remat": "attention"}, {"remat": "dots"}, {"scan_layers": False}],
-    ids=lambda model: "-".join(str(value) for value in model.values()),
+    ids=["full", "attention", "dots", "unrolled"],
 )
 def test_rematerialised_and_unrolled_gradients_are_the_same(model, make_model, expected_gradients):
     values, (gradient,) = losses_and_gradients(

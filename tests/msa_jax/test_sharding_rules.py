@@ -120,7 +120,11 @@ def on_one_device(make_parts):
         ({"expert": 8}, {}),
         ({"fsdp": 4, "tensor": 2}, {}),
         ({"data": 2, "expert": 4}, {}),
-        ({"fsdp": 2, "tensor": 2, "expert": 2}, {"remat": "full", "scan_layers": True}),
+        pytest.param(
+            {"fsdp": 2, "tensor": 2, "expert": 2},
+            {"remat": "full", "scan_layers": True},
+            marks=pytest.mark.fast,
+        ),
     ],
     ids=lambda options: "-".join(f"{name}{value}" for name, value in options.items()),
 )

@@ -84,8 +84,10 @@ def test_early_queries_and_the_warm_up_phase_attend_densely(make_layer):
     early = CONFIG.top_k * CONFIG.block_size
     np.testing.assert_allclose(sparse[:, :early], expected[:, :early], rtol=1e-4, atol=1e-5)
     assert np.abs(sparse - expected)[:, early:].max() > 0.01
-    warmup = run(layer, x, mode=Mode(phase="warmup", losses=True)).y
-    np.testing.assert_allclose(warmup, expected, rtol=1e-4, atol=1e-5)
+    # Also while the selection that is not yet used is looked at.
+    warmup = run(layer, x, mode=Mode(phase="warmup", losses=True, selections=True))
+    np.testing.assert_allclose(warmup.y, expected, rtol=1e-4, atol=1e-5)
+    assert "block_ids" in warmup.aux
 
 
 def softmax(scores):
