@@ -1,7 +1,5 @@
 """Generation: greedy is the argmax of the uncached model, sampling stays within its nucleus."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,11 +68,14 @@ def test_greedy_is_the_argmax_of_the_uncached_model(model):
 def test_sampling_follows_its_key_and_stops(model):
     """After the stop token a row repeats it; without one it goes on."""
     few = jnp.tile(prompts()[:1], (8, 1))
-    run = functools.partial(
-        generate, model, few, max_new_tokens=NEW, temperature=1.0, top_p=0.9, stop_token=STOP
-    )
-    tokens, again, other = (np.asarray(run(key=jax.random.key(seed))) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(tokens, again)
+
+    def run(seed, model=model):
+        options = {"temperature": 1.0, "top_p": 0.9, "stop_token": STOP}
+        key = jax.random.key(seed)
+        return np.asarray(generate(model, few, max_new_tokens=NEW, key=key, **options))
+
+    tokens, other = run(0), run(1)
+    np.testing.assert_array_equal(tokens, run(0))
     assert (tokens != other).any()
     lengths = []
     for row in np.concatenate([tokens, other]):
@@ -83,6 +84,13 @@ def test_sampling_follows_its_key_and_stops(model):
         assert (row[lengths[-1] :] == STOP).all()
     assert NEW in lengths, "every row stopped"
     assert any(0 < length < NEW - 1 for length in lengths), "no row stopped on its way"
+
+    # Equal logits everywhere: what differs between steps and rows is the draw alone.
+    indifferent = jax.tree.map(lambda leaf: leaf, model)
+    indifferent.embedding.head.set_value(jnp.zeros_like(model.embedding.head[...]))
+    tokens = run(0, indifferent)
+    assert len(np.unique(tokens[:, 0])) > 3
+    assert max(len(np.unique(row)) for row in tokens) > 3
 
 
 LOGITS = np.log([0.4, 0.05, 0.3, 0.1, 0.15]).astype(np.float32)
