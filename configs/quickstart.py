@@ -47,10 +47,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             top_k=8,  # 128 of the 512 tokens
             index_dim=32,
         ),
-        moe=MoEConfig(num_experts=8, top_k=2, num_shared_experts=1, expert_dim=128),
-        data=DataConfig(source="stdlib", sequence_length=512, batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-        objective=ObjectiveConfig(index_warmup_steps=40),
-        train=TrainConfig(steps=300, log_every=5, eval_every=50, checkpoint_every=100),
+        # A run this short needs its experts balanced faster than one of a million steps.
+        moe=MoEConfig(
+            num_experts=8, top_k=2, num_shared_experts=1, expert_dim=128, bias_update_rate=0.01
+        ),
+        data=DataConfig(source="stdlib", sequence_length=512, batch_size=4),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40, decay_fraction=0.3),
+        objective=ObjectiveConfig(index_warmup_steps=80),
+        train=TrainConfig(steps=400, log_every=5, eval_every=80, checkpoint_every=200),
     )
     return select_variant(config, arg)

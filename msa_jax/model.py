@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention import Mode, build_mixer
-from msa_jax.config import ArchitectureConfig, AttentionConfig, ConfigError, Remat
+from msa_jax.config import ArchitectureConfig, AttentionConfig, ConfigError, ModelConfig, Remat
 from msa_jax.nn.embedding import Embedding
 from msa_jax.nn.feed_forward import FeedForward
 from msa_jax.nn.moe import MoE
@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
         x = self.embedding.encode(tokens)
         caches, reports = [], []
         for index, (stage, groups) in enumerate(zip(self.plan, self.stages, strict=True)):
-            run = _group_runner(model.remat, positions, segment_ids, mode)
+            run = _group_runner(model, positions, segment_ids, mode)
             stage_cache = None if cache is None else cache[index]
             loop = jax.lax.scan if model.scan_layers else _unrolled_scan
             x, (new_cache, aux) = loop(run, x, (groups, stage_cache))
@@ -222,7 +222,7 @@ def _init_stage(stage: Stage, config: ArchitectureConfig, rngs: nnx.Rngs) -> nnx
     return jax.vmap(init)(jax.random.split(rngs.params(), stage.repeats))
 
 
-def _group_runner(remat: Remat, positions, segment_ids, mode: Mode):
+def _group_runner(model: ModelConfig, positions, segment_ids, mode: Mode):
     """The scan body: one group of layers, as `(x, (layers, caches)) -> (x, (caches, aux))`."""
 
     def run(x, layers_and_caches):
@@ -241,10 +241,10 @@ def _group_runner(remat: Remat, positions, segment_ids, mode: Mode):
             reports.append(aux)
         return x, (None if caches is None else tuple(new_caches), reports)
 
-    if remat == "none":
+    if model.remat == "none":
         return run
     # Inside a scan the recomputation cannot be merged away, so no barrier is needed.
-    return jax.checkpoint(run, policy=remat_policy(remat), prevent_cse=False)
+    return jax.checkpoint(run, policy=remat_policy(model.remat), prevent_cse=not model.scan_layers)
 
 
 def _unrolled_scan(body, carry, xs):
