@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 
@@ -33,7 +33,7 @@ class StepClock:
         self._tokens = 0
 
     @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Generator[None]:
         """Adds the block's time to `clock/<name>_seconds`."""
         start = time.perf_counter()
         yield
