@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -21,21 +20,12 @@ from msa_jax.data.tokenizer import Tokenizer, load_tokenizer
 from msa_jax.eval.runs import Evaluation
 from msa_jax.sharding import place_batch
 from msa_jax.train.config import ExperimentConfig
+from msa_jax.train.evaluation import make_evaluator
 from msa_jax.train.state import TrainState
 from msa_jax.train.step import make_eval_step
 
 # Widths of the position buckets double: the start of the context is where the loss moves.
 _FIRST_BUCKET = 16
-
-
-@dataclasses.dataclass
-class _Totals:
-    """Sums over batches."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    num_bytes: int = 0
-    weight: float = 0.0
 
 
 def evaluate(
@@ -86,40 +76,34 @@ def _score(
     config: ExperimentConfig,
     state: TrainState,
     mesh: jax.sharding.Mesh,
-    batches: Iterable[Batch],
+    batches: list[Batch],
     tokenizer: Tokenizer,
 ) -> Evaluation:
     """Losses, selection metrics and expert loads over all batches."""
     edges = position_edges(config.data.sequence_length)
     losses, counts = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
-    totals, sums = _Totals(), {}
-    step = make_eval_step(config)
-    for batch in batches:
-        with jax.set_mesh(mesh):
-            token_losses, aux = step(state, place_batch(batch, mesh), Mode(diagnostics=True))
+    num_bytes = 0
+
+    def add(batch: Batch, token_losses: np.ndarray) -> None:
+        nonlocal losses, counts, num_bytes
         mask = batch["loss_mask"] > 0
-        values = np.asarray(token_losses, np.float64)[mask]
         bucket = np.digitize(batch["positions"][mask], edges) - 1
-        losses += np.bincount(bucket, values, len(losses))
+        losses += np.bincount(bucket, token_losses[mask], len(losses))
         counts += np.bincount(bucket, minlength=len(counts))
-        totals.loss += values.sum()
-        totals.tokens += len(values)
-        totals.num_bytes += tokenizer.num_bytes(batch["targets"][mask])
-        weight = float((batch["segment_ids"] > 0).sum())
-        totals.weight += weight
-        for name, value in aux.items():
-            sums[name] = sums.get(name, 0) + np.asarray(value, np.float64) * weight
-    means = {name: value / totals.weight for name, value in sums.items()}
-    load = means.pop("expert_load", np.zeros((0, 0)))
+        num_bytes += tokenizer.num_bytes(batch["targets"][mask])
+
+    record = make_evaluator(config, batches, mesh, on_batch=add)(state, "sparse")
+    loss, tokens = float(record.pop("loss")), int(record.pop("tokens"))
+    load = np.asarray(record.pop("expert_load", np.zeros((0, 0))))
     filled = int(np.flatnonzero(counts)[-1]) + 1
     return Evaluation(
         step=int(state.step),
-        tokens=totals.tokens,
-        loss=totals.loss / totals.tokens,
-        bits_per_byte=totals.loss / math.log(2) / totals.num_bytes,
+        tokens=tokens,
+        loss=loss,
+        bits_per_byte=loss * tokens / math.log(2) / num_bytes,
         position_edges=edges[: filled + 1],
         loss_by_position=list(losses[:filled] / np.maximum(counts[:filled], 1)),
-        layers={name: value.tolist() for name, value in means.items() if value.ndim == 1},
+        layers={name: np.asarray(value).tolist() for name, value in record.items()},
         expert_load=load.tolist(),
     )
 

@@ -1,4 +1,4 @@
-"""Evaluation during training: loss and selection quality on a fixed set of validation batches."""
+"""Scoring a model on a fixed set of validation batches, during training and after it."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,16 +16,23 @@ from msa_jax.train.step import make_eval_step
 # Reports that count something; all others are means.
 _COUNTS = frozenset({"expert_load", "dropped_tokens"})
 
+type Record = dict[str, float | np.ndarray]
+
 
 def make_evaluator(
-    config: ExperimentConfig, batches: Sequence[Batch], mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Phase], dict[str, float | np.ndarray]]:
+    config: ExperimentConfig,
+    batches: Sequence[Batch],
+    mesh: jax.sharding.Mesh,
+    *,
+    on_batch: Callable[[Batch, np.ndarray], None] | None = None,
+) -> Callable[[TrainState, Phase], Record]:
     """Returns `evaluate(state, phase)`, which compiles once for each phase.
 
     Args:
       config: of the model.
       batches: what to evaluate on, at least one.
       mesh: that the state is on.
+      on_batch: is told of every batch and its token losses [B, T], nats, 0 without a target.
 
     Returns:
       A function to a record: `loss`, the mean over targets in nats; `tokens`, how many there are;
@@ -33,12 +40,16 @@ def make_evaluator(
     """
     eval_step = make_eval_step(config)
 
-    def evaluate(state: TrainState, phase: Phase) -> dict[str, float | np.ndarray]:
+    def evaluate(state: TrainState, phase: Phase) -> Record:
         mode = Mode(phase=phase, diagnostics=True)
         total, targets, queries = 0.0, 0, 0
         reports: dict[str, np.ndarray] = {}
         for batch in batches:
-            losses, aux = eval_step(state, place_batch(batch, mesh), mode)
+            with jax.set_mesh(mesh):
+                device_losses, aux = eval_step(state, place_batch(batch, mesh), mode)
+            losses = np.asarray(device_losses, np.float64)
+            if on_batch is not None:
+                on_batch(batch, losses)
             total += float(losses.sum())
             targets += int(batch["loss_mask"].sum())
             real = int((batch["segment_ids"] > 0).sum())

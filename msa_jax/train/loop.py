@@ -28,7 +28,7 @@ import numpy as np
 
 from msa_jax.config import require
 from msa_jax.cost import Phase
-from msa_jax.data.packing import Batch
+from msa_jax.data.packing import Batch, validate_batch
 from msa_jax.data.pipeline import TrainIterator, train_iterator, validation_batches, vocab_size
 from msa_jax.model import require_vocabulary
 from msa_jax.sharding import RULES, make_mesh, place_batch
@@ -142,6 +142,7 @@ class _Run:
         clock = StepClock(config, config.data.sequence_length, list(self.mesh.devices.flat))
         train_step, evaluate = make_train_step(config), self._make_evaluator()
         position, batch = data.get_state(), next(data)
+        validate_batch(batch, config.attention.block_size)  # what no compiled step could notice
         for step in range(start + 1, last + 1):
             self.profiler.before_step(step)
             phase = phase_of(config, step)
