@@ -17,8 +17,8 @@ CHUNK_BYTES = 64 * 2**20
 
 # Ranges of queries with a key prefix of their own. Four do 10/16 of the square's work, more would
 # gain little and compile longer; short ones are not worth the compilation.
-_MAX_RANGES = 4
-_MIN_RANGE = 128
+MAX_RANGES: int = 4
+MIN_RANGE: int = 128
 
 
 def query_slots(
@@ -77,7 +77,7 @@ def map_query_chunks[R](
     A chunk is as long as `CHUNK_BYTES` allows; more than one run in sequence and the backward pass
     recomputes each, so that memory does not grow with the number of queries. What fits into few
     chunks is cut into causal ranges instead, each with its own prefix of the keys, if the offset is
-    known (measured at 8 x 512 tokens on a CPU: value and gradient 2.5 times faster).
+    known (8 x 512 tokens on a CPU: 2.4 times faster, see `experiments.benchmark_reference`).
 
     Args:
       fn: takes the chunks of `queries`, the chunk's slots [B, t], then the prefixes of `keys`;
@@ -91,7 +91,7 @@ def map_query_chunks[R](
     first, num_keys = jax.tree.leaves(queries)[0], jax.tree.leaves(keys)[0].shape[1]
     batch, num_queries = first.shape[:2]
     queries = (*queries, query_slots(batch, num_queries, query_offset))
-    if num_queries * bytes_per_query > _MAX_RANGES * CHUNK_BYTES:
+    if num_queries * bytes_per_query > MAX_RANGES * CHUNK_BYTES:
         chunk = max(1, CHUNK_BYTES // bytes_per_query)
         return _map_in_sequence(fn, queries, keys, chunk, query_axis)
     parts = [
@@ -109,10 +109,10 @@ def map_query_chunks[R](
 def _causal_ranges(
     num_queries: int, num_keys: int, query_offset: int | Array
 ) -> list[tuple[int, int, int]]:
-    """(first query, end, key slots that any of them may see) of up to `_MAX_RANGES` ranges."""
+    """(first query, end, key slots that any of them may see) of up to `MAX_RANGES` ranges."""
     if not isinstance(query_offset, int):
         return [(0, num_queries, num_keys)]
-    count = max(1, min(_MAX_RANGES, num_queries // _MIN_RANGE))
+    count = max(1, min(MAX_RANGES, num_queries // MIN_RANGE))
     edges = [num_queries * i // count for i in range(count + 1)]
     return [
         (start, stop, min(num_keys, query_offset + stop))

@@ -56,7 +56,7 @@ def test_chunks_and_causal_ranges_change_nothing(op, x, monkeypatch):
         assert_same(results_and_gradients(op, x, **PACKED.arrays()), whole)
         assert (-(-NUM_KEYS // 7), BATCH, 7) in chunked, "no chunks were made"
 
-    monkeypatch.setattr(visibility, "_MIN_RANGE", 30)  # two ranges, cut within a block
+    monkeypatch.setattr(visibility, "MIN_RANGE", 30)  # two ranges, cut within a block
     ranges = count_calls(monkeypatch, jax.numpy, "concatenate")
     assert_same(results_and_gradients(op, x, **PACKED.arrays()), whole)
     assert (BATCH, 30, NUM_KV_HEADS) in ranges or (BATCH, 30, NUM_HEADS) in ranges
@@ -89,7 +89,7 @@ def test_causal_ranges_of_cached_decoding(x, monkeypatch):
         return OPS["sparse_attention"](x, {"query_offset": 40}, {})
 
     whole = compiled(attend)(decoded)
-    monkeypatch.setattr(visibility, "_MIN_RANGE", 9)
+    monkeypatch.setattr(visibility, "MIN_RANGE", 9)
     assert_same(compiled(lambda x: attend(x))(decoded), whole)
 
 
