@@ -26,7 +26,8 @@ def test_example_runs(example):
 
 
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)|<img src=\"([^\"]+)\"", README)
+    links = [link or image for link, image in links]
     assert len(links) > 3
     assert [link for link in links if not (ROOT / link).exists()] == []
 
