@@ -48,13 +48,17 @@ class ShardingRules:
         return PartitionSpec(*(self._resolve(axis, mesh_axes) for axis in logical_axes))
 
     def _resolve(self, axis: str | None, mesh_axes: tuple[str, ...]) -> MeshAxes:
-        names = None if axis is None else getattr(self, axis)
-        names = (names,) if isinstance(names, str) else names or ()
+        names = () if axis is None else axis_names(getattr(self, axis))
         kept = tuple(name for name in names if name in mesh_axes)
         return kept[0] if len(kept) == 1 else kept or None
 
 
 RULES = ShardingRules()
+
+
+def axis_names(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec, however it is written."""
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def explicit_axes() -> tuple[str, ...]:
@@ -134,9 +138,7 @@ def parameter_shardings(variables: nnx.State, mesh: jax.sharding.Mesh) -> nnx.St
         axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
         spec = RULES.spec(*axes, mesh_axes=mesh.axis_names)
         for size, axis, names in zip(shape, axes, spec, strict=True):
-            parts = math.prod(
-                mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
-            )
+            parts = math.prod(mesh.shape[name] for name in axis_names(names))
             if size % parts:
                 where = "/".join(str(part) for part in path)
                 raise ConfigError(
@@ -156,18 +158,14 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dic
       ConfigError: the mesh axes that split the batch do not divide its rows.
     """
     spec = RULES.spec("batch", None, mesh_axes=mesh.axis_names)
-    parts = math.prod(mesh.shape[name] for name in _names(spec[0]))
+    parts = math.prod(mesh.shape[name] for name in axis_names(spec[0]))
     rows = len(next(iter(batch.values()))) * jax.process_count()
     if rows % parts:
         raise ConfigError(
             f"data.batch_size={rows}: is not divisible by the {parts} devices of mesh axes "
-            f"{', '.join(_names(spec[0]))} that split it; choose a multiple of {parts}"
+            f"{', '.join(axis_names(spec[0]))} that split it; choose a multiple of {parts}"
         )
     sharding = NamedSharding(mesh, spec)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()

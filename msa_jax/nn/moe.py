@@ -17,7 +17,7 @@ from msa_jax.config import Activation, MoEConfig
 from msa_jax.nn.feed_forward import FeedForward, gated
 from msa_jax.nn.grouped_matmul import apply_grouped
 from msa_jax.nn.param import matrix
-from msa_jax.sharding import RULES, explicit_axes, weight
+from msa_jax.sharding import RULES, axis_names, explicit_axes, weight
 
 
 class SelectionBias(nnx.Variable):
@@ -136,7 +136,7 @@ class MoE(nnx.Module):
         )
         inward, outward = PartitionSpec(experts, None, mlp), PartitionSpec(experts, mlp, None)
         rows, whole = PartitionSpec(batch, None, None), PartitionSpec()
-        axes = _Axes(*(_names(axis) for axis in (batch, experts, mlp)))
+        axes = _Axes(*(axis_names(axis) for axis in (batch, experts, mlp)))
         in_specs = (rows, PartitionSpec(batch, None), whole, whole, inward, inward, outward)
         return jax.shard_map(
             lambda *local: self._local(*local, axes=axes),
@@ -208,10 +208,6 @@ def _report(
         share = _sum_over((p * real[:, None]).sum(0), axes.batch) / count
         aux["balance_loss"] = config.num_experts * (load / (count * config.top_k) * share).sum()
     return aux
-
-
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _sum_over(x: Array, axes: tuple[str, ...]) -> Array:

@@ -31,7 +31,7 @@ from msa_jax.cost import Phase
 from msa_jax.data.packing import Batch, validate_batch
 from msa_jax.data.pipeline import TrainIterator, train_iterator, validation_batches, vocab_size
 from msa_jax.model import require_vocabulary
-from msa_jax.sharding import RULES, make_mesh, place_batch
+from msa_jax.sharding import RULES, axis_names, make_mesh, place_batch
 from msa_jax.train.checkpoint import Checkpointer
 from msa_jax.train.clock import StepClock
 from msa_jax.train.config import ExperimentConfig
@@ -227,7 +227,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _check_batch_size(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
     axes = RULES.spec("batch", mesh_axes=mesh.axis_names)[0]
-    parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    parts = math.prod(mesh.shape[axis] for axis in axis_names(axes))
     parts *= config.optimizer.accumulation_steps
     require(
         config.data.batch_size % parts == 0,
