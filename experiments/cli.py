@@ -8,6 +8,7 @@ keeps its traceback.
 
 import difflib
 import importlib.util
+import logging
 import pathlib
 import re
 import sys
@@ -39,11 +40,27 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     Returns:
       What `main` returned, or 2 after a wrong flag, config or checkpoint.
     """
+    _show_kernel_choices()
     try:
         return main(sys.argv if argv is None else argv) or 0
     except (UsageError, ConfigError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
+
+
+class _StandardError(logging.Handler):
+    """Writes to the standard error of the moment, which a progress bar may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _show_kernel_choices() -> None:
+    """Says once per op which implementation runs."""
+    logger = logging.getLogger("pallas_kernels")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
+        logger.addHandler(_StandardError())
 
 
 def parse(

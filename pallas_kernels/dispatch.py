@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 _logger = logging.getLogger("pallas_kernels")
-_reported: set[tuple[str, str, str]] = set()
+_reported: set[tuple[str, str, tuple[str, ...]]] = set()
 
 type Implementation = str | Sequence[str] | None
 
@@ -60,9 +60,8 @@ def dispatch[**P, R](
 
 
 def _report(op: str, chosen: str, refusals: Sequence[NotImplementedError]) -> None:
-    """Logs, once per op and reason, that a default call fell back."""
-    for refusal in refusals:
-        key = (op, chosen, str(refusal))
-        if key not in _reported:
-            _reported.add(key)
-            _logger.info("%s runs as %r: %s", op, chosen, refusal)
+    """Logs, once per op and set of reasons, what a default call runs as."""
+    reasons = tuple(str(refusal) for refusal in refusals)
+    if (op, chosen, reasons) not in _reported:
+        _reported.add((op, chosen, reasons))
+        _logger.info("%s runs as %r%s", op, chosen, "".join(f"; {r}" for r in reasons))

@@ -1,5 +1,6 @@
 """Every mistake of the user is one line on standard error and exit code 2."""
 
+import logging
 import pathlib
 
 import pytest
@@ -208,3 +209,11 @@ def test_errors_of_the_program_keep_their_traceback_and_codes_pass():
         cli.run(main, ["prog"])
     assert cli.run(lambda argv: None, ["prog"]) == 0
     assert cli.run(lambda argv: 143, ["prog"]) == 143
+
+
+def test_scripts_say_which_implementation_of_an_op_runs(capsys):
+    logger = logging.getLogger("pallas_kernels")
+    assert cli.run(lambda argv: logger.info("%s runs as %r", "op", "reference"), ["script"]) == 0
+    cli.run(lambda argv: None, ["script"])  # a second script in the process adds no second line
+    logger.info("twice?")
+    assert capsys.readouterr().err.splitlines() == ["op runs as 'reference'", "twice?"]
