@@ -349,13 +349,16 @@ class _ThreadBlock:
         problem = self.problem
         plgpu.set_max_registers(problem.config.consumer_registers, action="increase")
         first = self.tile * problem.per_tile + warpgroup * problem.per_warpgroup
-        for i in range(problem.per_warpgroup):
+
+        @pl.loop(0, problem.per_warpgroup)
+        def _(i):
             query = jnp.minimum(first + i, problem.num_queries - 1)
             plgpu.copy_gmem_to_smem(
                 self.q.at[self.batch, query, self.group],
-                self.q_tile.at[warpgroup, pl.ds(i * problem.group, problem.group)],
+                self.q_tile.at[warpgroup, self._rows(i)],
                 self.q_loaded.at[warpgroup],
             )
+
         count = self.counts[self.batch, self.group, self.tile]
         slot = self.offsets[self.batch] + first
         plgpu.barrier_wait(self.list_loaded)
@@ -370,10 +373,15 @@ class _ThreadBlock:
         def step(step, state):
             members = self.blocks[1, step] >> (warpgroup * problem.per_warpgroup)
             members &= (1 << problem.per_warpgroup) - 1
-            attend = functools.partial(self._attend, step, members, warpgroup, slot)
+            start = self.blocks[0, step] * problem.block_size - slot
+            attend = functools.partial(self._attend, step, start, members, warpgroup)
             return lax.cond(members != 0, attend, functools.partial(self._skip, step), state)
 
         self._write(warpgroup, first, *lax.fori_loop(0, count, step, state))
+
+    def _rows(self, query):
+        """Where a query of the warpgroup lies in its 64 rows."""
+        return pl.ds(query * self.problem.group, self.problem.group)
 
     def _skip(self, step, state):
         for i in range(2 * self.problem.parts):
@@ -382,33 +390,30 @@ class _ThreadBlock:
             plgpu.barrier_arrive(self.consumed.at[slot])
         return state
 
-    def _attend(self, step, members, warpgroup, first_slot, state):
-        """One block: a step of the online softmax per part, in units of log2."""
-        problem, key_tile = self.problem, self.problem.config.key_tile
-        shape = WARPGROUP_ROWS, key_tile
-        for part in range(problem.parts):
+    def _attend(self, step, start, members, warpgroup, state):
+        """One block, that begins `start` slots after the warpgroup's first query."""
+        key_tile = self.problem.config.key_tile
+        for part in range(self.problem.parts):
             slot = self._slot(self._index(step, part, 0))
             plgpu.barrier_wait(self.loaded.at[slot])
-            s = matmul(self.q_tile.at[warpgroup], self.ring.at[slot].transpose((1, 0)), shape)
+            keys = self.ring.at[slot].transpose((1, 0))
+            s = matmul(self.q_tile.at[warpgroup], keys, (WARPGROUP_ROWS, key_tile))
             plgpu.barrier_arrive(self.consumed.at[slot])
-            start = self.blocks[0, step] * problem.block_size + part * key_tile
-            s = lax.cond(
-                start + key_tile - 1 > first_slot,
-                functools.partial(self._causal, start - first_slot),
-                lambda s: s,
-                s,
-            )
+            first = start + part * key_tile
+            causal = functools.partial(self._causal, first)
+            s = lax.cond(first + key_tile - 1 > 0, causal, lambda s: s, s)
             state = self._accumulate(s, self._index(step, part, 1), members, warpgroup, state)
         return state
 
-    def _causal(self, start, s):
-        """-inf where the key, from slot `start` after the first query's, is after the query."""
+    def _causal(self, first, s):
+        """-inf where the key is after the query: `first` is where keys begin against queries."""
         row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=MATRIX)
         key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX)
         query = row >> int(math.log2(self.problem.group))
-        return jnp.where(key + start <= query, s, -jnp.inf)
+        return jnp.where(key + first <= query, s, -jnp.inf)
 
     def _accumulate(self, s, value_index, members, warpgroup, state):
+        """A step of the online softmax, in units of log2, over scores [64, key_tile]."""
         problem = self.problem
         o, top, total = state
         factor = problem.scale * _LOG2_E
@@ -439,14 +444,13 @@ class _ThreadBlock:
         self.q_tile[warpgroup] = o.astype(problem.dtype)
         self.lse_tile[warpgroup] = jnp.where(empty, -jnp.inf, top * _LN_2 + jnp.log(total))
         plgpu.commit_smem()
-        for i in range(problem.per_warpgroup):
 
-            @pl.when(first + i < problem.num_queries)
-            def _(i=i):
-                plgpu.copy_smem_to_gmem(
-                    self.q_tile.at[warpgroup, pl.ds(i * problem.group, problem.group)],
-                    self.o.at[self.batch, first + i, self.group],
-                )
+        @pl.loop(0, jnp.clip(problem.num_queries - first, 0, problem.per_warpgroup))
+        def _(i):
+            plgpu.copy_smem_to_gmem(
+                self.q_tile.at[warpgroup, self._rows(i)],
+                self.o.at[self.batch, first + i, self.group],
+            )
 
         here = self.batch, self.group, self.tile, warpgroup
         plgpu.copy_smem_to_gmem(self.lse_tile.at[warpgroup], self.lse.at[here])
