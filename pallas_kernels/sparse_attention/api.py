@@ -8,9 +8,12 @@ from pallas_kernels.checks import check_heads, check_segments, check_selection, 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_and_heads
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import mosaic_gpu, reference
 
-IMPLEMENTATIONS = {"reference": reference.sparse_attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.sparse_attention,
+    "reference": reference.sparse_attention,
+}
 
 
 def sparse_attention(

@@ -1,0 +1,336 @@
+"""Merges the partial results of KV-outer attention on Hopper: o = sum over slots of w * partial.
+
+Bound by the bandwidth that reads the partial results once: the producer warpgroup gathers them,
+one copy per query and slot, into a ring per consumer; a consumer adds up a tile of 64 rows
+(query, head) in registers.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import (
+    MATRIX,
+    REGISTERS_PER_LANE,
+    ROWS,
+    SHARED_MEMORY_BYTES,
+    by_rows,
+    current_target,
+    swizzled,
+)
+
+TILE_ROWS = 64
+
+_PRODUCER_REGISTERS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineConfig:
+    """Shape of the combine kernel.
+
+    Attributes:
+      num_consumers: warpgroups that add up, 1 or 2.
+      num_slots: tiles of partial results in flight per consumer.
+      num_thread_blocks: that share the tiles; a multiple of the GPU's cores.
+    """
+
+    num_consumers: int = 2
+    num_slots: int = 5
+    num_thread_blocks: int = 132
+
+    def __post_init__(self):
+        if self.num_consumers not in (1, 2):
+            raise ValueError(
+                f"num_consumers={self.num_consumers} must be 1 or 2: more would have too few "
+                "registers"
+            )
+        for field in ("num_slots", "num_thread_blocks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+
+    @property
+    def consumer_registers(self) -> int:
+        """Per thread: an equal share of what the producer leaves, a multiple of 8."""
+        share = (REGISTERS_PER_LANE - _PRODUCER_REGISTERS) // self.num_consumers
+        return min(232, share // 8 * 8)
+
+    def fitted(self, head_dim: int, top_k: int) -> "CombineConfig":
+        """This shape with as many slots as shared memory has room for beside the weights.
+
+        Raises:
+          ValueError: not even two fit.
+        """
+        tile = TILE_ROWS * head_dim * 2
+        weights = -(-2 * top_k * TILE_ROWS * 4 // 1024) * 1024
+        room = (SHARED_MEMORY_BYTES - 1024) // self.num_consumers - tile - weights
+        slots = min(self.num_slots, room // tile)
+        if slots < 2:
+            raise ValueError(
+                f"num_consumers={self.num_consumers} leaves no room for two tiles of head_dim="
+                f"{head_dim} beside the weights of top_k={top_k}; lower num_consumers"
+            )
+        return dataclasses.replace(self, num_slots=slots)
+
+
+def combine(
+    partial: Float[Array, "places G D"],
+    places: Int[Array, "B Hkv tiles K R"],
+    weights: Float[Array, "B Hkv tiles K R*G"],
+    *,
+    config: CombineConfig,
+) -> Float[Array, "B tiles*R Hkv*G D"]:
+    """The weighted sum of every query's partial results.
+
+    Args:
+      partial: results by place; what has weight 0 may hold anything.
+      places: of each query's slots, for tiles of R = 64 / G queries; any place where the weight
+        is 0.
+      weights: float32, per slot and (query, head).
+      config: the kernel's shape.
+
+    Returns:
+      The sums in float32, rounded to `partial`'s dtype.
+    """
+    target = current_target()
+    batch, groups, num_tiles, top_k, per_tile = places.shape
+    _, per_group, head_dim = partial.shape
+    config = config.fitted(head_dim, top_k)
+    sizes = _Sizes(batch * groups * num_tiles, num_tiles, groups, top_k, per_tile, per_group)
+    o = plgpu.kernel(
+        functools.partial(_kernel, sizes, config),
+        out_type=jax.ShapeDtypeStruct(
+            (batch * num_tiles * per_tile, groups * per_group, head_dim), partial.dtype
+        ),
+        scratch_types=_scratch(config, sizes, head_dim, partial.dtype),
+        grid=(config.num_thread_blocks,),
+        grid_names=("thread_block",),
+        num_threads=config.num_consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=target.interpret,
+    )(
+        partial,
+        places.reshape(sizes.total, top_k * per_tile),
+        weights.reshape(sizes.total, top_k, TILE_ROWS),
+    )
+    return o.reshape(batch, num_tiles * per_tile, groups * per_group, head_dim)
+
+
+class _Sizes(NamedTuple):
+    """Tiles in all and per (batch row, group), groups, slots, queries per tile, heads per group."""
+
+    total: int
+    num_tiles: int
+    groups: int
+    top_k: int
+    per_tile: int
+    per_group: int
+
+
+class _Scratch(NamedTuple):
+    """Shared memory and barriers of a thread block."""
+
+    partial: Any
+    weights: Any
+    o: Any
+    partial_full: Any
+    partial_empty: Any
+    weights_full: Any
+    weights_empty: Any
+
+
+class _ThreadBlock(NamedTuple):
+    """The references of a thread block, and what it is compiled for."""
+
+    partial: Any
+    places: Any
+    weights: Any
+    o: Any
+    smem: _Scratch
+    sizes: _Sizes
+    config: CombineConfig
+
+
+def _scratch(config: CombineConfig, sizes: _Sizes, head_dim: int, dtype) -> tuple:
+    consumers, slots = config.num_consumers, config.num_slots
+    transforms = swizzled(dtype)
+    return tuple(
+        _Scratch(
+            partial=plgpu.SMEM(
+                (consumers, slots, TILE_ROWS, head_dim), dtype, transforms=transforms
+            ),
+            weights=plgpu.SMEM((consumers, 2, sizes.top_k, TILE_ROWS), jnp.float32),
+            o=plgpu.SMEM((consumers, TILE_ROWS, head_dim), dtype, transforms=transforms),
+            partial_full=plgpu.Barrier(
+                num_arrivals=sizes.per_tile, num_barriers=(consumers, slots)
+            ),
+            partial_empty=plgpu.Barrier(num_barriers=(consumers, slots)),
+            weights_full=plgpu.Barrier(num_barriers=(consumers, 2)),
+            weights_empty=plgpu.Barrier(num_barriers=(consumers, 2)),
+        )
+    )
+
+
+def _kernel(sizes: _Sizes, config: CombineConfig, partial, places, weights, o, *scratch):
+    """Runs a consumer in each warpgroup but the last, which is the producer."""
+    block = _ThreadBlock(partial, places, weights, o, _Scratch(*scratch), sizes, config)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < config.num_consumers)
+    def _():
+        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        _consume(block, warpgroup)
+
+    @pl.when(warpgroup == config.num_consumers)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        _produce(block)
+
+
+def _num_turns(block: _ThreadBlock, consumer):
+    """How many tiles a consumer has."""
+    first = lax.axis_index("thread_block") * block.config.num_consumers + consumer
+    stride = block.config.num_thread_blocks * block.config.num_consumers
+    return lax.div(block.sizes.total - first + (stride - 1), stride)
+
+
+def _tile(block: _ThreadBlock, consumer, turn):
+    """The number of a consumer's tile."""
+    thread_block = lax.axis_index("thread_block") + turn * block.config.num_thread_blocks
+    return thread_block * block.config.num_consumers + consumer
+
+
+def _produce(block: _ThreadBlock):
+    """Keeps the consumers' rings full, a slot of each in turn."""
+    smem, sizes, config = block.smem, block.sizes, block.config
+    consumers = range(config.num_consumers)
+    num_turns = [_num_turns(block, consumer) for consumer in consumers]
+
+    def copy_weights(turn, consumer, tile):
+        stage = lax.rem(turn, 2)
+
+        @pl.when(turn >= 2)
+        def _():
+            plgpu.barrier_wait(smem.weights_empty.at[consumer, stage])
+
+        plgpu.copy_gmem_to_smem(
+            block.weights.at[tile],
+            smem.weights.at[consumer, stage],
+            smem.weights_full.at[consumer, stage],
+        )
+
+    # Read ahead by few scalars, for the producer has few registers.
+    batch = min(4, sizes.per_tile)
+    batches = sizes.per_tile // batch
+    last = sizes.top_k * batches - 1
+
+    def read_places(tile, number):
+        return tuple(block.places[tile, number * batch + i] for i in range(batch))
+
+    def gather(turn, i, consumer, places):
+        step, part = turn * sizes.top_k + lax.div(i, batches), lax.rem(i, batches)
+        slot = lax.rem(step, config.num_slots)
+
+        @pl.when((part == 0) & (step >= config.num_slots))
+        def _():
+            plgpu.barrier_wait(smem.partial_empty.at[consumer, slot])
+
+        for number, place in enumerate(places):
+            start = pl.multiple_of((part * batch + number) * sizes.per_group, sizes.per_group)
+            plgpu.copy_gmem_to_smem(
+                block.partial.at[place],
+                smem.partial.at[consumer, slot, pl.ds(start, sizes.per_group)],
+                smem.partial_full.at[consumer, slot],
+            )
+
+    # The consumers' numbers of tiles differ by one at most, the first has the most.
+    @pl.loop(0, num_turns[0])
+    def _(turn):
+        tiles = [
+            jnp.minimum(_tile(block, consumer, turn), sizes.total - 1) for consumer in consumers
+        ]
+        for consumer in consumers:
+            pl.when(turn < num_turns[consumer])(
+                functools.partial(copy_weights, turn, consumer, tiles[consumer])
+            )
+
+        def step(i, places):
+            upcoming = [read_places(tile, jnp.minimum(i + 1, last)) for tile in tiles]
+            for consumer in consumers:
+                pl.when(turn < num_turns[consumer])(
+                    functools.partial(gather, turn, i, consumer, places[consumer])
+                )
+            return upcoming
+
+        lax.fori_loop(0, last + 1, step, [read_places(tile, 0) for tile in tiles])
+
+    for consumer in consumers:
+        _await_releases(block, consumer, num_turns[consumer])
+
+
+def _await_releases(block: _ThreadBlock, consumer, num_turns):
+    """Waits for the releases that no copy waited for."""
+    smem, config = block.smem, block.config
+    num_steps = num_turns * block.sizes.top_k
+
+    @pl.loop(jnp.maximum(num_steps - config.num_slots, 0), num_steps)
+    def _(step):
+        plgpu.barrier_wait(smem.partial_empty.at[consumer, lax.rem(step, config.num_slots)])
+
+    @pl.loop(jnp.maximum(num_turns - 2, 0), num_turns)
+    def _(turn):
+        plgpu.barrier_wait(smem.weights_empty.at[consumer, lax.rem(turn, 2)])
+
+
+def _consume(block: _ThreadBlock, consumer):
+    """Adds up this consumer's tiles and writes them."""
+    smem, sizes, config = block.smem, block.sizes, block.config
+    shape = smem.o.shape[1:]
+
+    @pl.loop(0, _num_turns(block, consumer))
+    def _(turn):
+        stage = lax.rem(turn, 2)
+        plgpu.barrier_wait(smem.weights_full.at[consumer, stage])
+
+        def add(k, total):
+            slot = lax.rem(turn * sizes.top_k + k, config.num_slots)
+            weights = plgpu.load(smem.weights.at[consumer, stage, k], layout=ROWS)
+            weights = by_rows(weights, shape)
+            plgpu.barrier_wait(smem.partial_full.at[consumer, slot])
+            partial = plgpu.load(smem.partial.at[consumer, slot], layout=MATRIX)
+            plgpu.barrier_arrive(smem.partial_empty.at[consumer, slot])
+            # Nothing leaks from where nobody wrote: that has weight 0.
+            weighted = weights * partial.astype(jnp.float32)
+            return total + jnp.where(weights == 0.0, 0.0, weighted)
+
+        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+        total = lax.fori_loop(0, sizes.top_k, add, zeros)
+        plgpu.barrier_arrive(smem.weights_empty.at[consumer, stage])
+        _store(block, consumer, _tile(block, consumer, turn), total)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store(block: _ThreadBlock, consumer, tile, total):
+    """Writes a tile's rows to their queries and heads."""
+    smem, sizes = block.smem, block.sizes
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    smem.o[consumer] = total.astype(smem.o.dtype)
+    plgpu.commit_smem()
+    row, column = lax.div(tile, sizes.num_tiles), lax.rem(tile, sizes.num_tiles)
+    batch_row, group = lax.div(row, sizes.groups), lax.rem(row, sizes.groups)
+    first_query = (batch_row * sizes.num_tiles + column) * sizes.per_tile
+    heads = pl.ds(group * sizes.per_group, sizes.per_group)
+    for i in range(sizes.per_tile):
+        rows = pl.ds(i * sizes.per_group, sizes.per_group)
+        plgpu.copy_smem_to_gmem(
+            smem.o.at[consumer, rows], block.o.at[first_query + i, heads], commit_group=False
+        )
+    plgpu.commit_smem_to_gmem_group()

@@ -1,0 +1,183 @@
+"""The KV-outer scheme: reverse index, attention per key block, exact combination, in chunks.
+
+Its work is that of the selected blocks alone, however little neighbouring queries agree; its price
+is that the K results of each query and head go through device memory once. Chunks of queries bound
+the room that they take.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
+from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
+    TILE_ROWS,
+    AttentionConfig,
+    partial_attention,
+)
+from pallas_kernels.sparse_attention.reverse_index import reverse_index, row_length
+
+
+@dataclasses.dataclass(frozen=True)
+class KVOuterConfig:
+    """Shape of the scheme.
+
+    Attributes:
+      attention: the kernel per key block.
+      combine: the kernel that merges its results.
+      partial_bytes: of device memory that those results may take; by default those of 32768
+        queries with 64 heads of 128 dims and 16 blocks.
+      queries_per_row: see `reverse_index.row_length`, which chooses it by default.
+    """
+
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
+    partial_bytes: int = 2**33
+    queries_per_row: int | None = None
+
+    def __post_init__(self):
+        if self.partial_bytes < 1:
+            raise ValueError(f"partial_bytes={self.partial_bytes} must be positive")
+        row = self.queries_per_row
+        if row is not None and (row < TILE_ROWS or row & (row - 1)):
+            raise ValueError(f"queries_per_row={row} must be a power of two from {TILE_ROWS} on")
+
+
+def kv_outer(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    block_ids: Int[Array, "B Hkv T K"],
+    query_offset: Int[Array, "B"] | int,
+    *,
+    block_size: int,
+    scale: float,
+    config: KVOuterConfig,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
+    """Attention over visible, distinct selected blocks: output and natural log-sum-exp.
+
+    Args:
+      q: bfloat16 or float16 queries, at most 64 heads per group.
+      k: keys.
+      v: values.
+      block_ids: each visible to its query, none twice, -1 for nobody.
+      query_offset: the key slot of the first query.
+      block_size: 64 or 128.
+      scale: of the scores, positive.
+      config: the scheme's shape.
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    groups, top_k = k.shape[2], block_ids.shape[3]
+    q = _padded_groups(q, groups)
+    k, v = (_whole_blocks(array, block_size) for array in (k, v))
+    num_blocks = k.shape[1] // block_size
+    row = config.queries_per_row or row_length(num_queries, num_blocks, top_k)
+    bytes_per_query = batch * top_k * q.shape[2] * head_dim * q.dtype.itemsize
+    chunk = _chunk_length(num_queries, row, config.partial_bytes // bytes_per_query)
+    num_chunks = -(-num_queries // chunk)
+    padding = num_chunks * chunk - num_queries
+    block_ids = jnp.pad(block_ids, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=-1)
+    flat_q, flat_k, flat_v = (array.reshape(-1, *array.shape[2:]) for array in (q, k, v))
+    first_slots = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
+    first_queries = jnp.arange(batch, dtype=jnp.int32) * num_queries
+
+    def attend(start):
+        index = reverse_index(
+            jax.lax.dynamic_slice_in_dim(block_ids, start, chunk, axis=2),
+            first_queries + start,
+            first_slots + start,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            queries_per_row=row,
+            queries_per_tile=TILE_ROWS // (q.shape[2] // groups),
+            tiles_per_slice=config.attention.tiles_per_slice,
+        )
+        partial, partial_lse = partial_attention(
+            flat_q,
+            flat_k,
+            flat_v,
+            index,
+            block_size=block_size,
+            scale=scale,
+            config=config.attention,
+        )
+        places, weights, lse = slot_weights(index.places, partial_lse)
+        return combine(partial, places, weights, config=config.combine), lse
+
+    if num_chunks == 1:
+        o, lse = attend(jnp.int32(0))
+    else:
+        o, lse = jax.lax.map(attend, jnp.arange(num_chunks, dtype=jnp.int32) * chunk)
+        o, lse = _joined(o, 1), _joined(lse, 3)
+    per_group = num_heads // groups
+    o = o[:, :num_queries].reshape(batch, num_queries, groups, -1, head_dim)[:, :, :, :per_group]
+    lse = lse[:, :, :per_group, :num_queries]
+    return o.reshape(batch, num_queries, num_heads, head_dim), lse.reshape(batch, num_heads, -1)
+
+
+def slot_weights(
+    places: Int[Array, "B Hkv T K"], partial_lse: Float[Array, "places G"]
+) -> tuple[
+    Int[Array, "B Hkv tiles K R"], Float[Array, "B Hkv tiles K R*G"], Float[Array, "B Hkv G T"]
+]:
+    """How much of each query's result comes from each of its slots.
+
+    Args:
+      places: of the slots, -1 for nobody.
+      partial_lse: base-2 log-sum-exp by place; what no slot refers to may be anything.
+
+    Returns:
+      The places in the order of the combine kernel's tiles (0 for nobody), the weights exp2(slot's
+      log-sum-exp - total), 0 for nobody, and the total as natural log-sum-exp.
+    """
+    batch, groups, num_queries, top_k = places.shape
+    per_group = partial_lse.shape[1]
+    per_tile = TILE_ROWS // per_group
+    tiles = places.reshape(batch, groups, num_queries // per_tile, per_tile, top_k).swapaxes(3, 4)
+    picked = (tiles >= 0)[..., None]
+    tiles = jnp.maximum(tiles, 0)
+    slots = partial_lse.at[tiles].get(mode="promise_in_bounds")
+    slots = jnp.where(picked, slots, -jnp.inf)
+    peak = slots.max(3, keepdims=True)
+    peak = jnp.where(peak == -jnp.inf, 0, peak)
+    total = peak + jnp.log2(jnp.exp2(slots - peak).sum(3, keepdims=True))
+    weights = jnp.exp2(slots - jnp.where(total == -jnp.inf, 0, total))
+    weights = jnp.where(picked, weights, 0)
+    lse = (total * math.log(2)).reshape(batch, groups, num_queries, per_group)
+    return tiles, weights.reshape(*tiles.shape[:4], TILE_ROWS), lse.swapaxes(2, 3)
+
+
+def _padded_groups(q: Float[Array, "B T Hq D"], groups: int) -> Float[Array, "B T Hp D"]:
+    """Queries with 8, 16, 32 or 64 heads per group: as many of zeros as that takes."""
+    batch, num_queries, num_heads, head_dim = q.shape
+    per_group = num_heads // groups
+    padded = max(8, 1 << (per_group - 1).bit_length())
+    if padded == per_group:
+        return q
+    grouped = q.reshape(batch, num_queries, groups, per_group, head_dim)
+    grouped = jnp.pad(grouped, [(0, 0)] * 3 + [(0, padded - per_group), (0, 0)])
+    return grouped.reshape(batch, num_queries, groups * padded, head_dim)
+
+
+def _whole_blocks(
+    array: Float[Array, "B S Hkv D"], block_size: int
+) -> Float[Array, "B S_padded Hkv D"]:
+    """Keys or values with zeros up to a whole number of blocks; causality hides them."""
+    padding = -array.shape[1] % block_size
+    return jnp.pad(array, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else array
+
+
+def _chunk_length(num_queries: int, row: int, at_most: int) -> int:
+    """Queries per chunk: whole rows, evenly spread."""
+    most = max(1, at_most // row) * row
+    num_chunks = -(-num_queries // most)
+    return -(-num_queries // (num_chunks * row)) * row
+
+
+def _joined(chunks: Float[Array, "chunks ..."], axis: int) -> Float[Array, "..."]:
+    """Chunks of queries as one array with all of them on `axis`."""
+    whole = jnp.moveaxis(chunks, 0, axis)
+    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])

@@ -1,0 +1,170 @@
+"""`sparse_attention` on NVIDIA Hopper: what its kernels serve, and how gradients are taken."""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import current_target
+from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, kv_outer
+from pallas_kernels.visibility import query_slots, segments_at
+
+# Fewer queries are decoding, where gathering by key block has nothing to share.
+MIN_QUERIES = 64
+
+_logger = logging.getLogger("pallas_kernels")
+
+
+class _Options(NamedTuple):
+    """What is known while tracing; `query_offset` is None if it is an array."""
+
+    block_size: int
+    scale: float
+    query_offset: int | None
+    config: KVOuterConfig
+
+
+def sparse_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    block_ids: Int[Array, "B Hkv T K"],
+    segment_ids: Int[Array, "B S"] | None,
+    query_offset: Int[Array, "B"] | int,
+    *,
+    block_size: int,
+    scale: float,
+    config: KVOuterConfig | None = None,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
+    """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
+
+    Gradients are those of the reference.
+
+    Args:
+      q: bfloat16 or float16, at least 64 queries of head_dim 64 or 128.
+      k: keys, at most 64 query heads each.
+      v: values.
+      block_ids: up to 64 per query.
+      segment_ids: document of each key slot, 0 for padding; None for one document per row.
+      query_offset: the key slot of the first query, per row or for all.
+      block_size: 64 or 128.
+      scale: of the scores, positive.
+      config: the kernels' shape; None for the default.
+
+    Raises:
+      NotImplementedError: no Hopper GPU, or arguments other than the above.
+    """
+    current_target()
+    _check_served(q, k, v, block_ids, block_size, scale)
+    known = isinstance(query_offset, int)
+    options = _Options(
+        block_size, scale, query_offset if known else None, config or KVOuterConfig()
+    )
+    offset = None if known else query_offset
+    return _attention(options, q, k, v, block_ids, segment_ids, offset)
+
+
+def _check_served(q, k, v, block_ids, block_size: int, scale: float) -> None:
+    """Raises NotImplementedError for what the kernels are not written for."""
+    (_, num_queries, num_heads, head_dim), top_k = q.shape, block_ids.shape[3]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or {k.dtype, v.dtype} != {q.dtype}:
+        raise NotImplementedError(
+            f"the kernels take q, k and v all in bfloat16 or all in float16, not {q.dtype}, "
+            f"{k.dtype} and {v.dtype}"
+        )
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"the kernels take a head_dim of 64 or 128, not {head_dim}")
+    if block_size not in (64, 128):
+        raise NotImplementedError(f"the kernels take a block_size of 64 or 128, not {block_size}")
+    if not 1 <= top_k <= 64:
+        raise NotImplementedError(f"the kernels take 1 to 64 blocks per query, not {top_k}")
+    if num_heads // k.shape[2] > 64:
+        raise NotImplementedError(
+            f"the kernels take at most 64 query heads per KV head, not {num_heads // k.shape[2]}"
+        )
+    if num_queries < MIN_QUERIES:
+        raise NotImplementedError(
+            f"{num_queries} queries are decoding, the kernels are for {MIN_QUERIES} or more"
+        )
+    if not scale > 0:
+        raise NotImplementedError(f"the kernels take a positive scale, not {scale}")
+
+
+def visible_block_ids(
+    block_ids: Int[Array, "B Hkv T K"],
+    segment_ids: Int[Array, "B S"] | None,
+    query_offset: Int[Array, "B"] | int,
+    block_size: int,
+) -> Int[Array, "B Hkv T K"]:
+    """The ids with -1 for blocks that their query cannot see any of, and for repeated ones.
+
+    What is left needs no segments: a block before the query's own one is visible as a whole, the
+    own one up to the query.
+    """
+    batch, _, num_queries, _ = block_ids.shape
+    slots = query_slots(batch, num_queries, query_offset)
+    visible = block_ids <= (slots // block_size)[:, None, :, None]
+    # Ids ascend.
+    repeated = block_ids[..., 1:] == block_ids[..., :-1]
+    visible &= ~jnp.pad(repeated, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    if segment_ids is not None:
+        documents = segment_ids[:, ::block_size]
+        own = segments_at(segment_ids, slots)[:, None, :, None]
+        ids = jnp.clip(block_ids, 0, documents.shape[1] - 1)
+        rows = jnp.arange(batch)[:, None, None, None]
+        visible &= (documents[rows, ids] == own) & (own > 0)
+    return jnp.where(visible, block_ids, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options: _Options, q, k, v, block_ids, segment_ids, query_offset):
+    offset = query_offset if options.query_offset is None else options.query_offset
+    block_ids = visible_block_ids(block_ids, segment_ids, offset, options.block_size)
+    return kv_outer(
+        q,
+        k,
+        v,
+        block_ids,
+        offset,
+        block_size=options.block_size,
+        scale=options.scale,
+        config=options.config,
+    )
+
+
+def _forward(options: _Options, *arrays):
+    return _attention(options, *arrays), arrays
+
+
+def _backward(options: _Options, arrays, cotangents):
+    q, k, v, block_ids, segment_ids, query_offset = arrays
+    offset = query_offset if options.query_offset is None else options.query_offset
+    _report_backward()
+
+    def attend(q, k, v):
+        return reference.sparse_attention(
+            q,
+            k,
+            v,
+            block_ids,
+            segment_ids,
+            offset,
+            block_size=options.block_size,
+            scale=options.scale,
+        )
+
+    _, pullback = jax.vjp(attend, q, k, v)
+    return *pullback(cotangents), None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _report_backward() -> None:
+    """Logs, once, that gradients do not run on a kernel."""
+    _logger.info("sparse_attention's backward pass runs as 'reference': it has no kernel yet")

@@ -1,0 +1,235 @@
+"""Reverse index of a selection: for every key block, the queries that picked it.
+
+The KV-outer kernels go over key blocks and gather the queries of each. Queries are taken in *rows*:
+`queries_per_row` neighbouring queries of one batch row and KV group, so that what runs at a time
+reads few of them and finds them in the L2 cache. A *list* is what a block has in a row, ascending
+queries, padded to whole *tiles* of `queries_per_tile`; each entry of a tile is a *place*. Lists are
+cut into *slices*, the work items of the kernel, of at most `tiles_per_slice` tiles.
+
+Built by XLA from one sort of 32-bit integers, without atomics: the same in every run.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, UInt
+
+# Columns of `ReverseIndex.slices`. Eight, of which five are used: one 32-byte sector per slice.
+GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY = range(5)
+NUM_FIELDS = 8
+
+# Sort keys are 32-bit; that of nobody comes last.
+_NUM_KEYS = 2**32
+_INVALID = jnp.uint32(_NUM_KEYS - 1)
+
+
+class ReverseIndex(NamedTuple):
+    """Who picked which block, for P places in M tiles of R queries.
+
+    Attributes:
+      queries: [P] row of each place's query in the flattened queries; row 0 where nobody is.
+      places: the place of each (query, slot) of the selection, -1 where its id is -1.
+      slices: [items, NUM_FIELDS], by the columns above: the group, the block's number in the
+        flattened keys, the slice's first tile and number of tiles, and the row that the query in
+        the block's first slot would have. Sorted by row, then block.
+      num_slices: [1], how many of `slices` are in use.
+    """
+
+    queries: Int[Array, "P"]
+    places: Int[Array, "B Hkv T K"]
+    slices: Int[Array, "items fields"]
+    num_slices: Int[Array, "1"]
+
+
+def row_length(num_queries: int, num_blocks: int, top_k: int) -> int:
+    """Queries per row: a power of two, of which a block's list has about 64 on average.
+
+    At most 4096 (or four times the blocks), so that a row's queries stay in the L2 cache, and so
+    few that block, query and slot fit into 32 bits.
+    """
+    bits = 32 - _bits(num_blocks) - _bits(top_k)
+    wanted = max(4096, 4 << _bits(num_blocks))
+    return min(wanted, 1 << bits, max(64, 1 << _bits(num_queries)))
+
+
+def reverse_index(
+    block_ids: Int[Array, "B Hkv T K"],
+    first_query: Int[Array, "B"],
+    first_slot: Int[Array, "B"],
+    *,
+    num_blocks: int,
+    block_size: int,
+    queries_per_row: int,
+    queries_per_tile: int,
+    tiles_per_slice: int,
+) -> ReverseIndex:
+    """Builds the reverse index of visible, distinct block ids.
+
+    Args:
+      block_ids: -1 for nobody, at any slot; T is a multiple of `queries_per_row`.
+      first_query: row of the first query in the flattened queries, per batch row.
+      first_slot: the key slot that this query sits in.
+      num_blocks: per batch row; ids are below.
+      block_size: slots per block.
+      queries_per_row: see `row_length`; a power of two and a multiple of `queries_per_tile`.
+      queries_per_tile: queries whose heads fill a tile of the kernel.
+      tiles_per_slice: at most.
+    """
+    batch, groups, num_queries, top_k = block_ids.shape
+    rows_per_group = num_queries // queries_per_row
+    lists = _Lists(batch * groups * rows_per_group, num_blocks, queries_per_row, top_k)
+    keys, valid = _sorted_keys(block_ids.reshape(lists.num_rows, -1), lists)
+    starts, counts = _boundaries(keys, valid, lists)
+    tiles = -(-counts // queries_per_tile)
+    first_tiles = jnp.cumsum(tiles) - tiles
+    # Two batch rows or groups never share a row, so a row number says both.
+    row = jnp.arange(lists.num_rows, dtype=jnp.int32)
+    batch_row = row // (groups * rows_per_group)
+    offset = row % rows_per_group * queries_per_row
+
+    pairs, entries, used = _entries(keys, valid, lists)
+    place = (first_tiles * queries_per_tile - starts)[pairs] + jnp.arange(len(pairs))
+    max_tiles = lists.max_parts(lists.num_entries, queries_per_tile)
+    num_places = max_tiles * queries_per_tile
+    query = (
+        entries // lists.slots % queries_per_row
+        + (first_query[batch_row] + offset)[pairs // num_blocks]
+    )
+    queries = _scatter(jnp.zeros(num_places, jnp.int32), place, query, used)
+    original = entries // lists.slots * top_k + entries % lists.slots
+    places = _scatter(jnp.full(lists.num_entries, -1, jnp.int32), original, place, used)
+
+    group = row // rows_per_group % groups
+    block = jnp.arange(num_blocks, dtype=jnp.int32)
+    own = (first_query - first_slot)[batch_row][:, None] + block * block_size
+    columns = {
+        GROUP: jnp.repeat(group, num_blocks),
+        KEY_BLOCK: (batch_row[:, None] * num_blocks + block).reshape(-1),
+        OWN_QUERY: own.reshape(-1),
+    }
+    max_slices = lists.max_parts(max_tiles, tiles_per_slice)
+    slices, num_slices = _slices(columns, tiles, first_tiles, tiles_per_slice, max_slices)
+    return ReverseIndex(queries, places.reshape(block_ids.shape), slices, num_slices)
+
+
+class _Lists(NamedTuple):
+    """Sizes: rows of queries, blocks per row, queries and slots per row."""
+
+    num_rows: int
+    num_blocks: int
+    queries_per_row: int
+    top_k: int
+
+    @property
+    def slots(self) -> int:
+        """Slots per query in a key: a power of two."""
+        return 1 << _bits(self.top_k)
+
+    @property
+    def num_lists(self) -> int:
+        return self.num_rows * self.num_blocks
+
+    @property
+    def num_entries(self) -> int:
+        return self.num_rows * self.queries_per_row * self.top_k
+
+    @property
+    def rows_per_sort(self) -> int:
+        """A divisor of the rows: as many as one 32-bit key can tell apart."""
+        fit = _NUM_KEYS // (self.num_blocks * self.queries_per_row * self.slots)
+        if fit < 1:
+            raise ValueError(
+                f"queries_per_row={self.queries_per_row} with {self.num_blocks} blocks and "
+                f"top_k={self.top_k} needs more than 32 bits per key; take row_length(...)"
+            )
+        return max(n for n in range(1, min(fit, self.num_rows) + 1) if self.num_rows % n == 0)
+
+    def max_parts(self, total: int, size: int) -> int:
+        """Parts of at most `size`, whatever way `total` is spread over the lists."""
+        return (total + min(self.num_lists, self.num_entries) * (size - 1)) // size
+
+
+def _bits(count: int) -> int:
+    """Bits that tell `count` values apart."""
+    return (count - 1).bit_length()
+
+
+def _sorted_keys(
+    block_ids: Int[Array, "rows entries"], lists: _Lists
+) -> tuple[UInt[Array, "sorts keys"], Int[Array, "sorts"]]:
+    """Keys (row, block, query, slot) of each sort's rows, ascending, and how many are valid.
+
+    The key of an id of -1 is the largest one. A valid entry may have it too, at the end of the
+    valid ones: its place is right all the same.
+    """
+    rows = jnp.arange(lists.num_rows, dtype=jnp.uint32)[:, None] % lists.rows_per_sort
+    within = jnp.arange(lists.queries_per_row * lists.top_k, dtype=jnp.uint32)
+    low = within // lists.top_k * lists.slots + within % lists.top_k
+    high = rows * lists.num_blocks + block_ids.astype(jnp.uint32)
+    keys = high * (lists.queries_per_row * lists.slots) + low
+    keys = jnp.where(block_ids >= 0, keys, _INVALID).reshape(-1, lists.rows_per_sort * len(within))
+    valid = (block_ids >= 0).reshape(keys.shape).sum(1, dtype=jnp.int32)
+    # One flat sort each: of a batch, the radix sort would give each row to a single core.
+    return jnp.stack([jnp.sort(part) for part in keys]), valid
+
+
+def _boundaries(
+    keys: UInt[Array, "sorts keys"], valid: Int[Array, "sorts"], lists: _Lists
+) -> tuple[Int[Array, "lists"], Int[Array, "lists"]]:
+    """Where each list starts among all sorted keys, and how long it is."""
+    firsts = jnp.arange(lists.rows_per_sort * lists.num_blocks, dtype=jnp.uint32) * (
+        lists.queries_per_row * lists.slots
+    )
+    # Unrolled it is one fused kernel, not a loop of some twenty.
+    starts = jnp.stack(
+        [jnp.searchsorted(part, firsts, method="scan_unrolled").astype(jnp.int32) for part in keys]
+    )
+    ends = jnp.concatenate([starts[:, 1:], valid[:, None]], axis=1)
+    base = jnp.arange(len(keys), dtype=jnp.int32)[:, None] * keys.shape[1]
+    return (starts + base).reshape(-1), (ends - starts).reshape(-1)
+
+
+def _entries(
+    keys: UInt[Array, "sorts keys"], valid: Int[Array, "sorts"], lists: _Lists
+) -> tuple[Int[Array, "N"], Int[Array, "N"], Bool[Array, "N"]]:
+    """Each sorted key's list, its (row, query, slot) as one number, and whether it is valid."""
+    used = jnp.arange(keys.shape[1], dtype=jnp.int32) < valid[:, None]
+    first_row = jnp.arange(len(keys), dtype=jnp.int32)[:, None] * lists.rows_per_sort
+    per_list = lists.queries_per_row * lists.slots
+    pairs = (keys // per_list).astype(jnp.int32) + first_row * lists.num_blocks
+    pairs = jnp.where(used, pairs, 0)
+    entries = (keys % per_list).astype(jnp.int32) + pairs // lists.num_blocks * per_list
+    return pairs.reshape(-1), entries.reshape(-1), used.reshape(-1)
+
+
+def _scatter(
+    into: Int[Array, "n"], at: Int[Array, "m"], values: Int[Array, "m"], used: Bool[Array, "m"]
+) -> Int[Array, "n"]:
+    """Writes `values` to distinct places; those unused go nowhere, each to a place of its own."""
+    nowhere = len(into) + jnp.arange(len(at), dtype=jnp.int32)
+    at = jnp.where(used, at, nowhere)
+    return into.at[at].set(values, mode="drop", unique_indices=True)
+
+
+def _slices(
+    columns: dict[int, Int[Array, "lists"]],
+    tiles: Int[Array, "lists"],
+    first_tiles: Int[Array, "lists"],
+    tiles_per_slice: int,
+    max_slices: int,
+) -> tuple[Int[Array, "items fields"], Int[Array, "1"]]:
+    """Cuts lists into slices of about equal length; the table, and how many there are."""
+    parts = -(-tiles // tiles_per_slice)
+    ends = jnp.cumsum(parts)
+    starts = ends - parts
+    numbers = jnp.arange(len(tiles), dtype=jnp.int32)
+    marks = _scatter(jnp.zeros(max_slices, jnp.int32), starts, numbers, parts > 0)
+    owner = jax.lax.cummax(marks)
+    nth = jnp.arange(max_slices, dtype=jnp.int32) - starts[owner]
+    total, count = tiles[owner], jnp.maximum(parts[owner], 1)
+    first, stop = total * nth // count, total * (nth + 1) // count
+    fields = {name: column[owner] for name, column in columns.items()}
+    fields |= {FIRST_TILE: first_tiles[owner] + first, NUM_TILES: stop - first}
+    unused = jnp.zeros(max_slices, jnp.int32)
+    return jnp.stack([fields.get(i, unused) for i in range(NUM_FIELDS)], axis=1), ends[-1:]
