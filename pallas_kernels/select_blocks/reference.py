@@ -10,6 +10,7 @@ from pallas_kernels.dense_attention.reference import (
     masked_log_sum_exp,
     score_bytes,
 )
+from pallas_kernels.select_blocks.quantization import quantize_keys, quantize_queries
 from pallas_kernels.visibility import (
     document_starts,
     map_query_chunks,
@@ -29,12 +30,25 @@ def select_blocks(
     num_sink_blocks: int,
     pooling: str,
     scale: float,
+    index_precision: str = "native",
 ) -> Int[Array, "B Hkv T K"]:
     """The ids of the K best blocks per query and group, ascending, then -1."""
+    query_scales = key_scales = None
+    if index_precision == "int8":
+        dtype = accumulator_dtype(index_q)
+        index_q, query_scales = quantize_queries(index_q)
+        index_k, key_scales = quantize_keys(index_k, block_size)
+        key_scales = jnp.repeat(key_scales, block_size, axis=1)[:, : index_k.shape[1]]
+        # Sums of up to 1024 products of 8-bit integers are exact in float32.
+        index_q, index_k = index_q.astype(dtype), index_k.astype(dtype)
 
-    def select(index_q, slots, index_k, segment_ids):
+    def select(index_q, query_scales, slots, index_k, key_scales, segment_ids):
         num_keys = index_k.shape[1]
-        scores = index_scores(index_q, index_k, scale)
+        if query_scales is None:
+            scores = index_scores(index_q, index_k, scale)
+        else:
+            scores = index_scores(index_q, index_k, 1.0) * key_scales[:, None, None]
+            scores = scores * query_scales.swapaxes(1, 2)[..., None] * scale
         visible = visible_slots(slots, num_keys, segment_ids)[:, None]
         blocks = pool_blocks(scores, visible, block_size, pooling)
         forced = forced_blocks(
@@ -44,8 +58,8 @@ def select_blocks(
 
     ids = map_query_chunks(
         select,
-        (index_q,),
-        (index_k, segment_ids),
+        (index_q, query_scales),
+        (index_k, key_scales, segment_ids),
         query_offset,
         bytes_per_query=score_bytes(index_q, index_k),
     )
@@ -69,17 +83,17 @@ def index_scores(
 def pool_blocks(
     scores: Float[Array, "B H T S"], visible: Bool[Array, "B 1 T S"], block_size: int, pooling: str
 ) -> Float[Array, "B H T N"]:
-    """m[i, b, r]: visible token scores to block scores; -inf where nothing is visible."""
-    # NaN counts as -inf per token: a maximum keeps or drops it as the platform likes.
-    scores = jnp.where(visible & ~jnp.isnan(scores), scores, -jnp.inf)
-    scores = split_blocks(scores, block_size, -jnp.inf)
+    """m[i, b, r]: visible token scores to block scores; -inf where nothing or a NaN is visible."""
+    scores = split_blocks(jnp.where(visible, scores, -jnp.inf), block_size, -jnp.inf)
     if pooling == "max":
-        return scores.max(-1)
-    if pooling == "lse":
-        return jax.nn.logsumexp(scores, axis=-1)
-    visible = split_blocks(visible, block_size, False)
-    total = jnp.where(visible, scores, 0).sum(-1)
-    return jnp.where(visible.any(-1), total / jnp.maximum(visible.sum(-1), 1), -jnp.inf)
+        blocks = scores.max(-1)
+    elif pooling == "lse":
+        blocks = jax.nn.logsumexp(scores, axis=-1)
+    else:
+        visible = split_blocks(visible, block_size, False)
+        total = jnp.where(visible, scores, 0).sum(-1)
+        blocks = jnp.where(visible.any(-1), total / jnp.maximum(visible.sum(-1), 1), -jnp.inf)
+    return jnp.where(jnp.isnan(scores).any(-1), -jnp.inf, blocks)
 
 
 def split_blocks(array: Array, block_size: int, fill: float | bool) -> Array:

@@ -44,8 +44,9 @@ def forced_blocks(slot, segments, block_size, num_local_blocks, num_sink_blocks)
 
 
 def pool(scores, pooling):
-    """Block score of the visible token scores of one block; a NaN token counts as -inf."""
-    scores = np.where(np.isnan(scores), -math.inf, scores)
+    """Block score of the visible token scores of one block; -inf with a NaN among them."""
+    if np.isnan(scores).any():
+        return -math.inf
     if pooling == "max":
         pooled = np.max(scores)
     elif pooling == "mean":

@@ -148,6 +148,8 @@ def test_names():
     assert "pooling='median': choose one of max, lse, mean" in refusal(
         "select_blocks", pooling="median"
     )
+    message = refusal("select_blocks", index_precision="int4")
+    assert "index_precision='int4': choose one of native, int8" in message
     message = refusal("select_pattern", pattern="bigbird")
     assert "pattern='bigbird': choose one of strided, random, sliding_window, oracle" in message
 

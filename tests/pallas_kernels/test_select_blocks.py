@@ -152,17 +152,21 @@ class SelectBlocksTests:
         assert ids == [0, 1, 4]
 
     @pytest.mark.parametrize("pooling", POOLINGS)
-    def test_nan_tokens_count_as_the_lowest(self, pooling, widest_dtype):
+    def test_a_block_with_a_nan_token_counts_as_the_lowest(self, pooling, widest_dtype):
         keys = np.ones((NUM_KEYS, INDEX_DIM))
         keys[:8] = np.nan  # all of block 0
         keys[8:16] = 5
         keys[10] = np.nan  # one token of the block that is best without it
         keys[34] = np.nan  # the own block, which is forced
         query, options = np.ones(INDEX_DIM), {"dtype": widest_dtype, "pooling": pooling}
-        rest = [2, 3, 4, -1] if pooling == "mean" else [1, 2, 3, 4]
-        assert self.blocks_of_slot_36(query, keys, **options, top_k=5) == [*rest, -1]
-        best = [2, 4] if pooling == "mean" else [1, 4]
-        assert self.blocks_of_slot_36(query, keys, **options, top_k=2) == best
+        expected = [2, 3, 4, -1, -1]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=5) == expected
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=2) == [2, 4]
+        assert self.blocks_of_slot_36(query, keys, **options, top_k=3, num_sink_blocks=1) == [
+            0,
+            2,
+            4,
+        ]
         assert self.blocks_of_slot_36(query * np.nan, keys, **options, top_k=2) == [4, -1]
 
     @pytest.mark.parametrize("pooling", POOLINGS)
