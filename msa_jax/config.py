@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 MixerKind = Literal["msa", "gqa"]
 Pooling = Literal["max", "lse", "mean"]
+IndexPrecision = Literal["native", "int8"]
 Selector = Literal["learned", "strided", "random", "sliding_window", "oracle"]
 Activation = Literal["swiglu", "swiglu_oai"]
 Router = Literal["sigmoid", "softmax"]
@@ -55,6 +56,8 @@ class AttentionConfig:
       num_local_blocks: the query's own block and the ones just before it that are always kept.
       num_sink_blocks: leading blocks of the document that are always kept.
       pooling: token scores to block score.
+      index_precision: "native" selects by index queries and keys as they are, "int8" rounds them to
+        8 bits first, for speed; their training does not see the rounding.
       selector: how the free blocks are chosen; anything but "learned" trains no index branch.
       share_every: a layer computes a selection, the next `share_every - 1` layers reuse it.
       detach_index_input: stop_gradient on the index branch's input (False diverges: an ablation).
@@ -77,6 +80,7 @@ class AttentionConfig:
     num_local_blocks: int = 1
     num_sink_blocks: int = 0
     pooling: Pooling = "max"
+    index_precision: IndexPrecision = "native"
     selector: Selector = "learned"
     share_every: int = 1
     detach_index_input: bool = True
@@ -85,6 +89,7 @@ class AttentionConfig:
     def __post_init__(self):
         require_choice("attention.kind", self.kind, MixerKind)
         require_choice("attention.pooling", self.pooling, Pooling)
+        require_choice("attention.index_precision", self.index_precision, IndexPrecision)
         require_choice("attention.selector", self.selector, Selector)
         for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "top_k", "index_dim"):
             require(

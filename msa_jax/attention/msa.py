@@ -188,6 +188,7 @@ class MSAttention(nnx.Module):
             index_q,
             index_k,
             pooling=config.pooling,
+            index_precision=config.index_precision,
             implementation=implementation,
             **options,
             **place,

@@ -39,6 +39,7 @@ INDEX_FIELDS = frozenset(
         "attention.num_local_blocks",
         "attention.num_sink_blocks",
         "attention.pooling",
+        "attention.index_precision",
         "attention.selector",
         "attention.share_every",
         "attention.detach_index_input",

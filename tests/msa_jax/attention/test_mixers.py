@@ -32,6 +32,7 @@ CASES = {
     "max pooling": MSA,
     "lse pooling": dataclasses.replace(MSA, pooling="lse"),
     "mean pooling": dataclasses.replace(MSA, pooling="mean"),
+    "8-bit index": dataclasses.replace(MSA, index_precision="int8"),
     "local and sink blocks": dataclasses.replace(
         MSA, top_k=4, num_local_blocks=2, num_sink_blocks=1
     ),
@@ -209,6 +210,12 @@ def pooled(scores, pooling):
     return {"max": np.max, "lse": np.logaddexp.reduce, "mean": np.mean}[pooling](scores)
 
 
+def rounded_to_8_bits(values):
+    """To 127ths of the largest."""
+    scale = np.abs(values).max() / 127
+    return np.rint(values / scale) * scale
+
+
 def blocks_of_query(scores, config):
     """The definition: forced blocks, then the best others; `scores` [tokens seen]."""
     own = (len(scores) - 1) // BLOCK_SIZE
@@ -231,8 +238,16 @@ def test_learned_selection_is_that_of_its_config(make_mixer):
     assert isinstance(branch, IndexBranch)
     index_q, index_k = map(np.asarray, jax.jit(lambda *a: a[0](*a[1:]))(branch, x, positions))
     chosen = []
-    for name in ("max pooling", "lse pooling", "mean pooling", "local and sink blocks"):
+    eight_bit_q = np.apply_along_axis(rounded_to_8_bits, -1, index_q)
+    eight_bit_k = np.array(index_k)
+    for b, start in np.ndindex(BATCH, -(-LENGTH // BLOCK_SIZE)):
+        block = slice(start * BLOCK_SIZE, (start + 1) * BLOCK_SIZE)
+        eight_bit_k[b, block] = rounded_to_8_bits(index_k[b, block])
+    names = "max pooling", "lse pooling", "mean pooling", "local and sink blocks", "8-bit index"
+    for name in names:
         config = CASES[name]
+        if config.index_precision == "int8":
+            index_q, index_k = eight_bit_q, eight_bit_k
         _, block_ids = forward([make_mixer(config)], x, positions, segment_ids)
         for b, r, t in np.ndindex(BATCH, MSA.num_kv_heads, LENGTH):
             scores = index_k[b, : t + 1] @ index_q[b, t, r] / np.sqrt(MSA.index_dim)
