@@ -43,7 +43,6 @@ GROUP_SIZES = (8, 16, 32, 64)
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
-_BARRIER_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +66,11 @@ class UnionConfig:
             raise ValueError(f"key_tile={self.key_tile} must be 64 or 128")
         if self.ring < 2:
             raise ValueError(f"ring={self.ring} must hold a key tile and a value tile: at least 2")
-        used = self.consumers * self.consumer_registers + self.producer_registers
-        assert used <= REGISTERS_PER_LANE
 
     @property
     def consumer_registers(self) -> int:
         """Registers per thread of a consumer."""
-        return 160 if self.consumers == 3 else 232
+        return min((REGISTERS_PER_LANE - self.producer_registers) // self.consumers // 8 * 8, 232)
 
     @property
     def producer_registers(self) -> int:
@@ -131,10 +128,14 @@ class _Problem:
 
     @property
     def shared_memory_bytes(self) -> int:
+        """What the buffers and barriers of `_kernel` take."""
         item = self.dtype.itemsize
         rows = self.config.consumers * WARPGROUP_ROWS
-        ring = self.config.ring * self.config.key_tile * self.head_dim * item
-        return rows * (self.head_dim * item + 4) + ring + 8 * self.list_length + _BARRIER_BYTES
+        ring = self.config.ring * self.config.key_tile
+        buffers = rows * self.head_dim * item, ring * self.head_dim * item, rows * 4
+        barriers = self.config.consumers + 1 + 2 * self.config.ring
+        aligned = sum(-(-size // 1024) * 1024 for size in (*buffers, 8 * self.list_length))
+        return aligned + 8 * barriers
 
 
 def union(
@@ -284,7 +285,8 @@ def _kernel(problem: _Problem, target: Target):
         grid_names=("batch", "group", "tile"),
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Row sums and maxima stay within a warp.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=target.interpret or False,
     )
 
