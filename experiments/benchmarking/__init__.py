@@ -1,0 +1,1 @@
+"""What `python -m experiments.benchmark` is made of: cases, inputs, checks, timing, the report."""

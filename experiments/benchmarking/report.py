@@ -1,0 +1,184 @@
+"""The table and the page of a benchmark's results, from its records alone."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+from experiments.benchmarking import figures, results
+from experiments.benchmarking.cases import BASELINES, MSA
+from experiments.benchmarking.results import Part, Row
+from msa_jax.eval.figures import short_length
+
+Record = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+
+def write(runs: Sequence[Record], stem: pathlib.Path) -> None:
+    """Writes `stem` as .json, .md and .svg; without a time of MSA there is no plot.
+
+    Args:
+      runs: of `results.load`.
+      stem: path without a suffix.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    results.save(runs, stem.with_suffix(".json"))
+    rows = results.rows(runs)
+    if any(row.case.subject == MSA for row in rows):
+        picture = figures.time_and_speedup(rows)
+        stem.with_suffix(".svg").write_text(picture, encoding="utf-8")
+    stem.with_suffix(".md").write_text(page(runs, stem.name), encoding="utf-8")
+
+
+def show(runs: Sequence[Record]) -> None:
+    """Prints the tables."""
+    console = rich.console.Console()
+    console.width = max(console.width, 160)  # a log file has none of its own
+    rows = results.rows(runs)
+    for title, (header, lines) in _tables(rows).items():
+        table = rich.table.Table(*header, title=title)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    for failure in results.failures(runs):
+        console.print(f"failed: {failure}", style="red", markup=False)
+
+
+def _tables(rows: Sequence[Row]) -> dict[str, Table]:
+    msa = [row for row in rows if row.case.subject == MSA]
+    return {
+        "Time and speed-up": _time_table(msa, rows),
+        "Rates and floors": _rate_table(msa),
+        "Checks and memory": _check_table(msa),
+        "Baselines": _baseline_table([row for row in rows if row.case.subject != MSA]),
+    }
+
+
+def _time_table(msa: Sequence[Row], rows: Sequence[Row]) -> Table:
+    header = ["tokens", "selection", "index", "select (ms)", "main (ms)", "both (ms)"]
+    header += ["fastest to slowest", "share of floor", *(f"x {t}" for t in BASELINES.values())]
+    lines = []
+    for row in msa:
+        both, found = row.parts["both"], results.speedups(row, rows)
+        line = [*_head(row), *(_ms(row.parts[name].median_ms) for name in results.PARTS)]
+        line += [f"{_ms(both.min_ms)} to {_ms(both.max_ms)}", f"{both.share:.0%}"]
+        for name in BASELINES:
+            speedup = found.get(name)
+            mark = "*" if speedup and speedup.extrapolated_from else ""
+            line.append(f"{speedup.factor:.2f}{mark}" if speedup else "-")
+        lines.append(line)
+    return header, lines
+
+
+def _rate_table(msa: Sequence[Row]) -> Table:
+    header = ["tokens", "selection", "index"]
+    for name in ("select", "main"):
+        header += [f"{name} TFLOP/s", f"{name} TB/s", f"{name} floor (ms)", f"{name} share"]
+    lines = []
+    for row in msa:
+        line = _head(row)
+        for name in ("selection", "main"):
+            line += _rates(row.parts[name])
+        lines.append(line)
+    return header, lines
+
+
+def _check_table(msa: Sequence[Row]) -> Table:
+    header = ["tokens", "selection", "index", "union of 4", "union of 8", "recall", "score gap"]
+    header += ["output error", "with selection's", "peak (GB)", "workspace (GB)"]
+    lines = []
+    for row in msa:
+        record, checked = row.record, row.record["checks"]
+        line = [*_head(row), *(f"{record['union'][n]:.1f}" for n in ("4", "8"))]
+        line += [f"{checked['selection_recall']:.4f}", f"{checked['selection_gap']:.1e}"]
+        line += [f"{checked['output_error']:.1e}"]
+        line += [f"{checked['error_of_selection']:.1e}", _gb(record["peak_bytes"])]
+        lines.append([*line, _gb(record["temporary_bytes"]["both"])])
+    return header, lines
+
+
+def _baseline_table(baselines: Sequence[Row]) -> Table:
+    header = ["tokens", "baseline", "time (ms)", "fastest to slowest", "repeats", "TFLOP/s"]
+    header += ["peak (GB)"]
+    lines = []
+    for row in baselines:
+        part = row.parts["both"]
+        line = [short_length(row.case.length), BASELINES[row.case.subject], _ms(part.median_ms)]
+        line += [f"{_ms(part.min_ms)} to {_ms(part.max_ms)}"]
+        line += [str(row.record["timings"]["both"]["repeats"]), f"{part.teraflops:.0f}"]
+        lines.append([*line, _gb(row.record["peak_bytes"])])
+    return header, lines
+
+
+def page(runs: Sequence[Record], name: str) -> str:
+    """The Markdown page; `name` is that of its files, without a suffix."""
+    rows = results.rows(runs)
+    device = (runs[0]["environment"]["gpu"] or {}).get("name", "an unknown device")
+    rates = results.ceilings(runs)
+    parts = [f"# Block selection and sparse attention on {device}", _INTRODUCTION]
+    parts.append(
+        f"Ceilings measured in the same runs: {rates.matmul_flops / 1e12:.0f} TFLOP/s (bf16 "
+        f"matmul), {rates.copy_bytes / 1e12:.2f} TB/s (copy, read and written bytes)."
+    )
+    if any(row.case.subject == MSA for row in rows):
+        parts.append(f"![Time and speed-up against length]({name}.svg)")
+    for title, (header, lines) in _tables(rows).items():
+        if lines:
+            rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
+            table = [header, rule, *lines]
+            parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
+    failed = results.failures(runs)
+    if failed:
+        parts.append("## Not measured\n\n" + "\n".join(f"* {line}" for line in failed))
+    parts.append("## Runs\n\n" + "\n".join(_environment(run["environment"]) for run in runs))
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """\
+Written by `python -m experiments.benchmark`; the JSON file of the same name holds every number. One
+layer's forward pass over one sequence, selection included. Selections: *random* from independent
+index queries and keys (neighbouring queries share least), *identical* with one index query per
+block of queries (they share everything), *correlated* from made-up index queries drawn so that 4
+neighbours select 1.38 K distinct blocks, the overlap reported of the released MiniMax-M3 (22.1 of
+16; no trained model is involved), *captured* from a trained model.
+
+Times are medians of device time over repeated chains of calls. The floor is the larger of useful
+FLOPs over the matmul ceiling and bytes over the copy ceiling, selection and main branch one after
+the other; an 8-bit index counts at twice the bf16 rate. A share of the floor is floor over time. A
+speed-up with * is over a dense time extrapolated by N² from the longest length it was measured at.
+Before it is timed, each case's sampled query rows are held to the exact selection (float32 scores)
+and to float64 attention, and two runs to each other bit for bit. The output error is that of the
+worst row, over the blocks that were selected; "with selection's" compares all sampled rows with
+attention over the exact selection, which is what an 8-bit index costs. Peak is a process's so far,
+all inputs included; workspace is what the compiled program takes beside arguments and results."""
+
+
+def _environment(environment: Record) -> str:
+    packages = {name: v for name, v in environment["packages"].items() if v}
+    gpu = environment["gpu"] or {}
+    return (
+        f"* {environment['date']}, commit {environment['commit']}, {gpu.get('name')}, driver "
+        f"{gpu.get('driver_version')}, power limit {gpu.get('power.limit')}, Python "
+        f"{environment['python']}, {', '.join(' '.join(item) for item in packages.items())}: "
+        f"`{environment['command']}`. Method: {environment['method']}."
+    )
+
+
+def _head(row: Row) -> list[str]:
+    precision = {"native": "bf16"}.get(row.precision, row.precision)
+    return [short_length(row.case.length), row.selection, precision]
+
+
+def _rates(part: Part) -> list[str]:
+    rates = [f"{part.teraflops:.0f}", f"{part.terabytes:.2f}"]
+    return [*rates, _ms(part.floor_ms), f"{part.share:.0%}"]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _gb(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.1f}"

@@ -1,0 +1,138 @@
+"""Runs cases one after another in processes of their own and keeps every record as it comes."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from experiments.benchmarking.cases import MARK, Case
+
+Record = dict[str, Any]
+
+_PACKAGES = (
+    "jax",
+    "jax-cuda13-plugin",
+    "torch",
+    "triton",
+    "nvidia-cudnn-cu13",
+    "nvidia-cutlass-dsl",
+    "flash-attn-4",
+    "flash-msa",
+)
+_GPU = ("name", "driver_version", "compute_cap", "power.limit", "clocks.max.sm", "memory.total")
+
+
+def gpu() -> dict[str, str] | None:
+    """The first GPU as `nvidia-smi` describes it, or None where there is none.
+
+    Asked of the driver and not of jax, which would take the GPU's memory in this process.
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    values = output.splitlines()[0].split(", ") if output.strip() else []
+    return dict(zip(_GPU, values, strict=True)) if len(values) == len(_GPU) else None
+
+
+def environment(argv: Sequence[str]) -> Record:
+    """What a run's numbers depend on: device, versions, command, commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
+    return {
+        "gpu": gpu(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "command": " ".join(["python -m experiments.benchmark", *argv]),
+        "commit": os.environ.get("BENCHMARK_COMMIT") or commit.stdout.strip() or None,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "method": (
+            "device time per call of chained calls: one wait at the end of calls queued for 0.2 s "
+            "(jax, host clock) or CUDA events around them (PyTorch); medians over repeated chains"
+        ),
+    }
+
+
+def run(
+    cases: Sequence[Case],
+    output: pathlib.Path,
+    environment: Record,
+    *,
+    case_seconds: float,
+    total_seconds: float,
+    report: Callable[[str], None],
+) -> None:
+    """Runs cases and appends to `output`, JSON lines: the environment, then a record per line.
+
+    Args:
+      cases: in order.
+      output: file of JSON lines; an earlier run in it stays.
+      environment: of this run.
+      case_seconds: after which a case is ended.
+      total_seconds: after which no case is begun; those left get a record that says so.
+      report: is given a line of progress.
+    """
+    end = time.monotonic() + total_seconds
+    with output.open("a", encoding="utf-8") as file:
+
+        def keep(line: Record) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        keep({"environment": environment})
+        for case in cases:
+            start = time.monotonic()
+            records = list(_records(case, min(case_seconds, end - start)))
+            for record in records:
+                keep({"case": dataclasses.asdict(case)} | record)
+            errors = [record["error"] for record in records if "error" in record]
+            seconds = time.monotonic() - start
+            report(f"{case.label}: {seconds:.0f} s" + "".join(f"\n  {text}" for text in errors))
+
+
+def _records(case: Case, seconds: float) -> Iterator[Record]:
+    """The records of one process; what it printed last if it failed without one."""
+    if seconds <= 0:
+        yield {"error": "not run: the run's time was over"}
+        return
+    command = [sys.executable, "-m", "experiments.benchmarking.worker"]
+    tail, failed = [], False
+    with subprocess.Popen(
+        [*command, json.dumps(dataclasses.asdict(case))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ,
+    ) as process:
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        for line in process.stdout or ():
+            if line.startswith(MARK):
+                record = json.loads(line.removeprefix(MARK))
+                failed |= "error" in record
+                yield record
+            else:
+                tail = [*tail[-4:], line.strip()]
+        code = process.wait()
+        late = not timer.is_alive()
+        timer.cancel()
+    if code and not failed:
+        reason = f"ended after {seconds:.0f} s" if late else f"exit code {code}"
+        yield {"error": f"{reason}: {' | '.join(tail)[-800:]}"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

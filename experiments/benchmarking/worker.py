@@ -1,0 +1,37 @@
+"""One case in a process of its own: `python -m experiments.benchmarking.worker '<case as JSON>'`.
+
+jax takes the GPU's memory for the life of a process, a hang must not take the rest along, and peak
+memory is a process's. Prints one line of JSON behind `MARK` for each record.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from experiments.benchmarking import jax_worker, torch_worker
+from experiments.benchmarking.cases import MARK, Case
+from experiments.benchmarking.jax_worker import describe
+
+SUBJECTS = {
+    "ceilings": jax_worker.ceilings,
+    "msa": jax_worker.msa,
+    "cudnn": jax_worker.cudnn,
+    "flash_attention_4": torch_worker.flash_attention_4,
+    "flash_msa": torch_worker.flash_msa,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the case named by the only argument."""
+    case = Case.from_json(json.loads(argv[1]))
+    try:
+        for record in SUBJECTS[case.subject](case):
+            print(MARK + json.dumps(record), flush=True)
+    except Exception as error:  # whatever the libraries raise becomes the case's record
+        print(MARK + json.dumps({"error": describe(error)}), flush=True)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
