@@ -18,7 +18,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmarking import report, results, runner
-from experiments.benchmarking.cases import BASELINES, PRECISIONS, SELECTIONS, plan
+from experiments.benchmarking.cases import BASELINES, PRECISIONS, SELECTIONS, parse_length, plan
 
 _DEFAULT_LENGTHS = "8K,32K,128K,256K,512K,1M"
 _SHAPE = {
@@ -60,11 +60,11 @@ def _time(values: flags.FlagValues, output: pathlib.Path, arguments: Sequence[st
             "`python -m experiments.benchmark_reference` times the plain-XLA operations on a CPU"
         )
     cases = plan(
-        [_tokens(text) for text in values.lengths],
+        [parse_length(text) for text in values.lengths],
         _choices("selections", values.selections, SELECTIONS),
         _choices("precisions", values.precisions, PRECISIONS),
         _choices("baselines", values.baselines, tuple(BASELINES)),
-        skip_dense_above=_tokens(values.skip_dense_above),
+        skip_dense_above=parse_length(values.skip_dense_above),
         inputs=values.inputs,
         **{field: values[name].value for name, (field, _) in _SHAPE.items()},
     )
@@ -77,15 +77,6 @@ def _time(values: flags.FlagValues, output: pathlib.Path, arguments: Sequence[st
         total_seconds=values.total_seconds,
         report=lambda line: print(line, flush=True),
     )
-
-
-def _tokens(text: str) -> int:
-    """8192, 8K or 1M as a number of tokens."""
-    factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
-    digits = text[:-1] if factor > 1 else text
-    if not digits.isdigit() or int(digits) == 0:
-        raise cli.UsageError(f"{text!r} is not a number of tokens: write 8192, 8K or 1M")
-    return int(digits) * factor
 
 
 def _choices(flag: str, values: Sequence[str], choices: Sequence[str]) -> Sequence[str]:

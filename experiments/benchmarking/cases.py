@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Self
 
-from msa_jax.config import AttentionConfig
+from msa_jax.config import AttentionConfig, ConfigError
 
 # Stands before each record that a case prints.
 MARK = "benchmark-record "
@@ -113,3 +113,16 @@ def plan(
             if name not in DENSE or length <= skip_dense_above:
                 cases.append(Case(name, length, **fields))
     return cases
+
+
+def parse_length(text: str) -> int:
+    """8192, 8K or 1M as a number of tokens.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit() or int(digits) == 0:
+        raise ConfigError(f"{text!r} is not a number of tokens: write 8192, 8K or 1M")
+    return int(digits) * factor
