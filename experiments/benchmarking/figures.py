@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -9,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from experiments.benchmarking import results
-from experiments.benchmarking.cases import BASELINES, MSA
-from experiments.benchmarking.results import Row
+from experiments.benchmarking.cases import BASELINES, MSA, PRECISIONS, SELECTIONS
+from experiments.benchmarking.results import Row, Speedup
 from msa_jax.eval.figures import LINES, MARKERS, SERIES, THEME, short_length
 
 _INK, _GRID = THEME["ink"][0], THEME["grid"][0]
@@ -44,14 +45,14 @@ _STYLE = {
 def time_and_speedup(rows: Sequence[Row]) -> str:
     """An SVG on a white page: times and floors on the left, speed-ups on the right.
 
+    Colours tell selections apart, dashes an 8-bit index.
+
     Args:
       rows: of `results.rows`, at least one of MSA.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 4.6), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(10.5, 5.2), layout="constrained", facecolor="white")
         times, factors = figure.subplots(1, 2)
-        _times(times, rows)
-        _speedups(factors, rows)
         lengths = sorted({row.case.length for row in rows})
         for axes in (times, factors):
             axes.set_xscale("log", base=2)
@@ -60,7 +61,10 @@ def time_and_speedup(rows: Sequence[Row]) -> str:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_length(round(x))))
             axes.set_xlabel("tokens")
-            axes.legend(loc="upper left")
+        _times(times, rows)
+        _speedups(factors, rows)
+        handles, labels = times.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
@@ -69,58 +73,68 @@ def time_and_speedup(rows: Sequence[Row]) -> str:
 def _times(axes: Axes, rows: Sequence[Row]) -> None:
     for index, (name, title) in enumerate(BASELINES.items()):
         timed = [row for row in rows if row.case.subject == name]
-        _line(axes, timed, title, color=_BASELINE_COLOUR, linestyle=LINES[index], marker="")
-    for index, (label, series) in enumerate(_series(rows).items()):
-        look = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-        _line(axes, series, label, **look)
+        _line(axes, timed, title, color=_BASELINE_COLOUR, linestyle=LINES[index])
+    for (selection, precision), series in _series(rows).items():
+        _line(axes, series, _label(selection, precision), **_look(selection, precision))
     for precision, linestyle in (("native", ":"), ("int8", "-.")):
         series = [row for row in rows if row.precision == precision]
         floors = {row.case.length: row.parts["both"].floor_ms for row in series}
         if floors:
-            label = f"floor, {'bf16' if precision == 'native' else precision} index"
             points = sorted(floors.items())
+            label = f"floor, {_index(precision)}"
             axes.plot(*zip(*points, strict=True), label=label, color=_INK, linestyle=linestyle)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_ylabel("time of one layer's forward (ms)")
 
 
 def _speedups(axes: Axes, rows: Sequence[Row]) -> None:
-    """Over the faster of the dense baselines, hollow where that is extrapolated."""
+    """Over the faster of the dense baselines; hollow where that is extrapolated."""
     axes.axhline(1, color=_INK, linewidth=1)
-    for index, (label, series) in enumerate(_series(rows).items()):
-        points = []
+    for (selection, precision), series in _series(rows).items():
+        look, points = _look(selection, precision), []
         for row in series:
             found = results.speedups(row, rows)
             dense = [found[name] for name in results.DENSE if name in found]
             if dense:
-                least = min(dense, key=lambda speedup: speedup.factor)
-                points.append((row.case.length, least.factor, bool(least.extrapolated_from)))
-        if not points:
-            continue
-        colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
-        lengths, factors, _ = zip(*points, strict=True)
-        axes.plot(lengths, factors, color=colour, label=label, marker=marker)
-        hollow = [point[:2] for point in points if point[2]]
-        if hollow:
-            axes.plot(
-                *zip(*hollow, strict=True), color=colour, marker=marker, mfc="white", linestyle=""
-            )
-    axes.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 4, 8, 16, 32, 64]))
+                points.append((row.case.length, min(dense, key=lambda speedup: speedup.factor)))
+        axes.plot(*_xy(points), **look)
+        hollow = _xy([point for point in points if point[1].extrapolated_from])
+        axes.plot(*hollow, **look | {"linestyle": "", "markerfacecolor": "white"}, zorder=3)
+    axes.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} x"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
     axes.set_ylabel("times faster than the fastest dense kernel")
+    axes.set_title("hollow: over an extrapolated dense time", loc="right", fontsize=8.5)
 
 
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """MSA's rows by legend entry."""
-    series: dict[str, list[Row]] = {}
+def _xy(points: Sequence[tuple[int, Speedup]]) -> tuple[list[int], list[float]]:
+    return [length for length, _ in points], [speedup.factor for _, speedup in points]
+
+
+def _series(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """MSA's rows by selection and precision."""
+    series: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.case.subject == MSA:
-            index = "" if row.precision == "native" else f", {row.precision} index"
-            series.setdefault(f"MSA, {row.selection} selection{index}", []).append(row)
-    return series
+            series.setdefault((row.selection, row.precision), []).append(row)
+    return dict(sorted(series.items(), key=lambda item: SELECTIONS.index(item[0][0])))
 
 
-def _line(axes: Axes, rows: Sequence[Row], label: str, **look) -> None:
+def _look(selection: str, precision: str) -> dict[str, Any]:
+    index = SELECTIONS.index(selection)
+    linestyle = LINES[PRECISIONS.index(precision)]
+    return {"color": SERIES[index], "marker": MARKERS[index], "linestyle": linestyle}
+
+
+def _label(selection: str, precision: str) -> str:
+    return f"MSA, {selection}, {_index(precision)}"
+
+
+def _index(precision: str) -> str:
+    return f"{'bf16' if precision == 'native' else precision} index"
+
+
+def _line(axes: Axes, rows: Sequence[Row], label: str, **look: Any) -> None:
     if rows:
         x = [row.case.length for row in rows]
         axes.plot(x, [row.parts["both"].median_ms for row in rows], label=label, **look)

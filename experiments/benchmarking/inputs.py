@@ -19,8 +19,8 @@ from experiments.benchmarking.cases import Case
 # Distinct blocks over 4 neighbouring queries, per block kept: 22.1 of 16 in the released model, as
 # vLLM's pull request 55372 reports. No checkpoint of it is needed, nor claimed, here.
 REPORTED_OVERLAP = 22.1 / 16
-# Tokens over which the slow part of a correlated query turns into another.
-DRIFT = 256
+# A correlated query goes from one random vector to the next in 1024 / pace tokens.
+_PACE_UNIT, _FASTEST_PACE = 1024, 1024
 _NEIGHBOURS, _WINDOWS = 4, 64
 _CHUNK = 8192
 
@@ -62,19 +62,26 @@ def index_inputs(
     """
     if selection == "captured":
         return _captured(case, dtype)
-    key_q, key_k, key_drift = jax.random.split(jax.random.key(case.seed + 1), 3)
+    key_q, key_k = jax.random.split(jax.random.key(case.seed + 1))
     heads = (case.num_kv_heads, case.index_dim)
     index_k = _normal(key_k, case, (case.index_dim,), dtype)
     if selection == "identical":
         blocks = -(-case.length // case.block_size)
         rows = jax.random.normal(key_q, (case.batch, blocks, *heads), dtype)
         return IndexInputs(jnp.repeat(rows, case.block_size, 1)[:, : case.length], index_k)
-    noise = _normal(key_q, case, heads, dtype)
     if selection == "random":
-        return IndexInputs(noise, index_k)
+        return IndexInputs(_normal(key_q, case, heads, dtype), index_k)
     assert selection == "correlated", selection
-    drift = _drift(key_drift, case, heads, dtype)
-    return IndexInputs(_correlated(drift, noise, index_k, case), index_k)
+    pace = _pace(key_q, index_k[0], case)
+    chunk = _chunk(case)
+    rows = jnp.arange(case.batch * case.length, dtype=jnp.int32).reshape(-1, chunk)
+
+    @jax.jit
+    def walk(rows):
+        queries = jax.lax.map(lambda rows: _walk(key_q, rows, pace, heads).astype(dtype), rows)
+        return queries.reshape(case.batch, case.length, *heads)
+
+    return IndexInputs(walk(rows), index_k)
 
 
 def mean_union(block_ids: Int[Array, "B H T K"], neighbours: int, first: int) -> float:
@@ -98,92 +105,76 @@ def mean_union(block_ids: Int[Array, "B H T K"], neighbours: int, first: int) ->
 
 def _normal(key, case: Case, inner: tuple[int, ...], dtype) -> Array:
     """[B, T, *inner], drawn in chunks so that no float32 copy of the whole is made."""
-    tokens = case.batch * case.length
-    chunk = next(size for size in range(min(_CHUNK, tokens), 0, -1) if tokens % size == 0)
+    chunk = _chunk(case)
 
     @jax.jit
     def draw(key):
-        keys = jax.random.split(key, tokens // chunk)
+        keys = jax.random.split(key, case.batch * case.length // chunk)
         drawn = jax.lax.map(lambda key: jax.random.normal(key, (chunk, *inner), dtype), keys)
         return drawn.reshape(case.batch, case.length, *inner)
 
     return draw(key)
 
 
-def _drift(key, case: Case, heads: tuple[int, int], dtype) -> Array:
-    """A smooth walk over the tokens, of unit variance everywhere."""
-    knots = jax.random.normal(key, (case.batch, case.length // DRIFT + 2, *heads), dtype)
-    angles = jnp.arange(DRIFT, dtype=jnp.float32)[:, None, None] * (jnp.pi / 2 / DRIFT)
-
-    @jax.jit
-    def walk(knots):
-        here, there = knots[:, :-1, None], knots[:, 1:, None]
-        steps = (jnp.cos(angles) * here + jnp.sin(angles) * there).astype(dtype)
-        return steps.reshape(case.batch, -1, *heads)[:, : case.length]
-
-    return walk(knots)
+def _chunk(case: Case) -> int:
+    """Tokens drawn at once, a divisor of all."""
+    tokens = case.batch * case.length
+    return next(size for size in range(min(_CHUNK, tokens), 0, -1) if tokens % size == 0)
 
 
-def _correlated(drift: Array, noise: Array, index_k: Array, case: Case) -> Array:
-    """drift + share * noise, with the share at which neighbours overlap as reported."""
-    blocks = -(-case.length // case.block_size)
-    target = REPORTED_OVERLAP * case.top_k
-    if blocks <= target:  # everything is selected, whatever the share
-        return drift
-    windows = min(_WINDOWS, case.length // 2 // _NEIGHBOURS)
-    starts = np.linspace(case.length // 2, case.length - _NEIGHBOURS, windows).astype(int)
-    rows = (starts // _NEIGHBOURS * _NEIGHBOURS)[:, None] + np.arange(_NEIGHBOURS)
+def _walk(key, rows: Int[Array, "R"], pace: Int[Array, ""] | int, heads: tuple[int, int]) -> Array:
+    """Unit-variance queries [R, Hkv, Di] on a smooth path through random vectors."""
+    steps = rows * pace
+    knots = steps // _PACE_UNIT
+    angle = (steps % _PACE_UNIT)[:, None, None] * (jnp.pi / 2 / _PACE_UNIT)
 
-    def union(share):
-        return _union_of_windows(
-            drift[0, rows, 0],
-            noise[0, rows, 0],
-            index_k[0],
-            jnp.asarray(rows),
-            share,
-            block_size=case.block_size,
-            top_k=case.top_k,
-        )
+    def vector(knot):
+        return jax.random.normal(jax.random.fold_in(key, knot), heads)
 
-    low, high = 1e-3, 1e1
-    for _ in range(12):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if union(middle) > target else (middle, high)
-    share = (low * high) ** 0.5
-    return jax.jit(lambda drift, noise: _mix(drift, noise, share))(drift, noise)
+    return jnp.cos(angle) * jax.vmap(vector)(knots) + jnp.sin(angle) * jax.vmap(vector)(knots + 1)
 
 
-def _mix(drift: Array, noise: Array, share: float) -> Array:
-    return ((drift + share * noise) * (1 + share**2) ** -0.5).astype(noise.dtype)
+def _pace(key, index_k: Float[Array, "S Di"], case: Case) -> int:
+    """The pace at which neighbouring queries overlap as reported, by bisection."""
+    windows = max(1, min(_WINDOWS, case.length // 2 // _NEIGHBOURS))
+    starts = np.linspace(case.length // 2, case.length - _NEIGHBOURS, windows).astype(np.int32)
+    rows = (starts // _NEIGHBOURS * _NEIGHBOURS)[:, None] + np.arange(_NEIGHBOURS, dtype=np.int32)
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    heads = (case.num_kv_heads, case.index_dim)
+    low, high = 1, _FASTEST_PACE
+    while high - low > 1:
+        middle = (low + high) // 2
+        union = _union_of_windows(key, index_k, jnp.asarray(rows), middle, heads=heads, **sizes)
+        low, high = (low, middle) if union > REPORTED_OVERLAP * case.top_k else (middle, high)
+    return low
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "top_k"))
+@functools.partial(jax.jit, static_argnames=("heads", "block_size", "top_k"))
 def _union_of_windows(
-    drift: Float[Array, "W R Di"],
-    noise: Float[Array, "W R Di"],
+    key: Array,
     index_k: Float[Array, "S Di"],
     rows: Int[Array, "W R"],
-    share: float,
+    pace: int,
     *,
+    heads: tuple[int, int],
     block_size: int,
     top_k: int,
 ) -> Float[Array, ""]:
     """Mean distinct blocks over the queries of a window, one group."""
-    queries = _mix(drift, noise, share)
     blocks = -(-index_k.shape[0] // block_size)
     padded = jnp.pad(index_k, ((0, blocks * block_size - index_k.shape[0]), (0, 0)))
 
-    def window(queries_rows):
-        queries, rows = queries_rows
+    def window(rows):
+        queries = _walk(key, rows, pace, heads)[:, 0].astype(index_k.dtype)
         scores = jnp.einsum("rd,sd->rs", queries, padded, preferred_element_type=jnp.float32)
         scores = scores.reshape(len(rows), blocks, block_size).max(-1)
         own = rows[:, None] // block_size
         scores = jnp.where(jnp.arange(blocks) < own, scores, -jnp.inf)
         scores = jnp.where(jnp.arange(blocks) == own, jnp.inf, scores)
-        worst = jax.lax.top_k(scores, top_k)[0][:, -1:]
+        worst = jax.lax.top_k(scores, min(top_k, blocks))[0][:, -1:]
         return ((scores >= worst) & (scores > -jnp.inf)).any(0).sum()
 
-    return jax.lax.map(window, (queries, rows)).astype(jnp.float32).mean()
+    return jax.lax.map(window, rows).astype(jnp.float32).mean()
 
 
 def _captured(case: Case, dtype) -> IndexInputs:

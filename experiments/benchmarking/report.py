@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import rich.box
 import rich.console
 import rich.table
 
@@ -37,8 +38,9 @@ def show(runs: Sequence[Record]) -> None:
     console = rich.console.Console()
     console.width = max(console.width, 160)  # a log file has none of its own
     rows = results.rows(runs)
-    for title, (header, lines) in _tables(rows).items():
-        table = rich.table.Table(*header, title=title)
+    # The most important table last, where it stays in sight.
+    for title, (header, lines) in reversed(_tables(rows).items()):
+        table = rich.table.Table(*header, title=title, box=rich.box.SIMPLE, pad_edge=False)
         for line in lines:
             table.add_row(*line)
         console.print(table)

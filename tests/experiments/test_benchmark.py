@@ -24,6 +24,8 @@ from experiments.benchmarking import (
 from experiments.benchmarking.cases import Case, plan
 from pallas_kernels import dense_attention, select_blocks, sparse_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -112,12 +114,10 @@ class TestInputs:
         assert inputs.mean_union(ids[None, None], 4, first=1) == 3
         assert math.isnan(inputs.mean_union(ids[None, None], 16, first=0))
 
-    def test_inputs_are_drawn_once_for_each_seed(self):
-        first, again = (inputs.main_inputs(tiny(seed=1)) for _ in range(2))
-        other = inputs.main_inputs(tiny(seed=2))
+    def test_inputs_differ_by_seed_and_are_standard_normal(self):
+        first, other = (inputs.main_inputs(tiny(seed=seed)) for seed in (1, 2))
         assert first.q.shape == (1, 256, 4, 16)
         assert first.k.shape == first.v.shape == (1, 256, 2, 16)
-        assert (first.q == again.q).all()
         assert (first.q == other.q).mean() < 0.1
         assert (first.k == first.v).mean() < 0.1
         assert abs(float(first.q.astype(jnp.float32).std()) - 1) < 0.02
@@ -446,7 +446,7 @@ class TestRendering:
         assert "extrapolated N^2 from 8192" in notes
 
         svg = stem.with_suffix(".svg").read_text()
-        for label in ("cuDNN", "flash-msa", "MSA, random selection", "floor, bf16 index"):
+        for label in ("cuDNN", "flash-msa", "MSA, random, bf16 index", "floor, bf16 index"):
             assert label in svg
         before = [file.read_bytes() for file in sorted(stem.parent.iterdir())]
         again = ["benchmark", f"--render={stem}.json", f"--output={stem}"]
