@@ -305,6 +305,8 @@ def _consume(block: _ThreadBlock, consumer):
             weights = by_rows(weights, shape)
             plgpu.barrier_wait(smem.partial_full.at[consumer, slot])
             partial = plgpu.load(smem.partial.at[consumer, slot], layout=MATRIX)
+            # Copies and loads are ordered by this fence alone.
+            plgpu.commit_smem()
             plgpu.barrier_arrive(smem.partial_empty.at[consumer, slot])
             # Nothing leaks from where nobody wrote: that has weight 0.
             weighted = weights * partial.astype(jnp.float32)

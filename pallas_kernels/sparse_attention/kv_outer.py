@@ -16,6 +16,7 @@ from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, co
 from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
     TILE_ROWS,
     AttentionConfig,
+    default_config,
     partial_attention,
 )
 from pallas_kernels.sparse_attention.reverse_index import reverse_index, row_length
@@ -26,14 +27,14 @@ class KVOuterConfig:
     """Shape of the scheme.
 
     Attributes:
-      attention: the kernel per key block.
+      attention: the kernel per key block, by default as `default_config` says.
       combine: the kernel that merges its results.
       partial_bytes: of device memory that those results may take; by default those of 32768
         queries with 64 heads of 128 dims and 16 blocks.
       queries_per_row: see `reverse_index.row_length`, which chooses it by default.
     """
 
-    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    attention: AttentionConfig | None = None
     combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
     partial_bytes: int = 2**33
     queries_per_row: int | None = None
@@ -74,6 +75,8 @@ def kv_outer(
     q = _padded_groups(q, groups)
     k, v = (_whole_blocks(array, block_size) for array in (k, v))
     num_blocks = k.shape[1] // block_size
+    per_group = q.shape[2] // groups
+    attention = config.attention or default_config(per_group)
     row = config.queries_per_row or row_length(num_queries, num_blocks, top_k)
     bytes_per_query = batch * top_k * q.shape[2] * head_dim * q.dtype.itemsize
     chunk = _chunk_length(num_queries, row, config.partial_bytes // bytes_per_query)
@@ -92,8 +95,8 @@ def kv_outer(
             num_blocks=num_blocks,
             block_size=block_size,
             queries_per_row=row,
-            queries_per_tile=TILE_ROWS // (q.shape[2] // groups),
-            tiles_per_slice=config.attention.tiles_per_slice,
+            queries_per_tile=TILE_ROWS // per_group,
+            tiles_per_slice=attention.tiles_per_slice,
         )
         partial, partial_lse = partial_attention(
             flat_q,
@@ -102,7 +105,7 @@ def kv_outer(
             index,
             block_size=block_size,
             scale=scale,
-            config=config.attention,
+            config=attention,
         )
         places, weights, lse = slot_weights(index.places, partial_lse)
         return combine(partial, places, weights, config=config.combine), lse
@@ -112,9 +115,9 @@ def kv_outer(
     else:
         o, lse = jax.lax.map(attend, jnp.arange(num_chunks, dtype=jnp.int32) * chunk)
         o, lse = _joined(o, 1), _joined(lse, 3)
-    per_group = num_heads // groups
-    o = o[:, :num_queries].reshape(batch, num_queries, groups, -1, head_dim)[:, :, :, :per_group]
-    lse = lse[:, :, :per_group, :num_queries]
+    heads = num_heads // groups
+    o = o[:, :num_queries].reshape(batch, num_queries, groups, per_group, head_dim)[:, :, :, :heads]
+    lse = lse[:, :, :heads, :num_queries]
     return o.reshape(batch, num_queries, num_heads, head_dim), lse.reshape(batch, num_heads, -1)
 
 

@@ -54,7 +54,8 @@ class AttentionConfig:
 
     Attributes:
       num_consumers: warpgroups that compute, 1 to 3.
-      num_query_slots: tiles of queries in flight per consumer.
+      num_query_slots: tiles of queries in flight per consumer, 2 or more: a tile's slot is free
+        again when the next tile is there.
       num_kv_stages: key blocks in flight.
       tiles_per_slice: at most so many tiles per visit of a key block.
       num_thread_blocks: that share the slices; one per core of the GPU.
@@ -72,7 +73,9 @@ class AttentionConfig:
                 f"num_consumers={self.num_consumers} must be 1 to 3: more would have too few "
                 "registers"
             )
-        for field in ("num_query_slots", "num_kv_stages", "tiles_per_slice", "num_thread_blocks"):
+        if self.num_query_slots < 2:
+            raise ValueError(f"num_query_slots={self.num_query_slots} must be at least 2")
+        for field in ("num_kv_stages", "tiles_per_slice", "num_thread_blocks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
 
@@ -97,6 +100,13 @@ class AttentionConfig:
                 f"num_kv_stages={self.num_kv_stages} need {needed} bytes of shared memory, there "
                 f"are {SHARED_MEMORY_BYTES}; lower one of them"
             )
+
+
+def default_config(per_group: int) -> AttentionConfig:
+    """The best shape for groups of so many heads: three consumers, unless they would spill."""
+    if per_group == 8:
+        return AttentionConfig(num_consumers=2, num_query_slots=3)
+    return AttentionConfig()
 
 
 def partial_attention(
@@ -342,13 +352,10 @@ def _consume(block: _ThreadBlock, consumer):
     def visit(n, current, tiles_before):
         stage = lax.rem(n, config.num_kv_stages)
         plgpu.barrier_wait(smem.kv_full.at[stage])
-        # This consumer's first tile of the slice, and how many it has.
         first = lax.rem(consumer - lax.rem(tiles_before, consumers) + consumers, consumers)
-        mine = lax.div(current.num_tiles - first + (consumers - 1), consumers)
 
-        @pl.loop(0, mine)
-        def _(i):
-            number = first + i * consumers
+        @pl.loop(first, current.num_tiles, step=consumers)
+        def _(number):
             turn = lax.div(tiles_before + number, consumers)
             _attend(block, consumer, stage, turn, current, current.first_tile + number, release)
 
@@ -403,9 +410,13 @@ def _causal(block: _ThreadBlock, scores, current: _Slice, tile):
     per_tile = TILE_ROWS // per_group
     place = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=ROWS) // per_group
     last_key = plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.int32), ROWS)
-    for i in range(per_tile):
+
+    # A loop, for unrolled it would take registers that three consumers do not have.
+    def set_last_key(i, last_key):
         seen = block.queries[tile * per_tile + i] - current.own_query
-        last_key = jnp.where(place == i, seen, last_key)
+        return jnp.where(place == i, seen, last_key)
+
+    last_key = lax.fori_loop(0, per_tile, set_last_key, last_key)
     keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
     return jnp.where(keys <= by_rows(last_key, scores.shape), scores, -jnp.inf)
 

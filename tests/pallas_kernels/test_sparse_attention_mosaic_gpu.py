@@ -1,0 +1,354 @@
+"""`sparse_attention` on Hopper by KV-outer: interpreted, and compiled ahead for an H100."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_oracle
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from op_cases import compiled
+
+from pallas_kernels.ahead_of_time import compile_for_h100
+from pallas_kernels.mosaic_gpu import SHARED_MEMORY_BYTES, Target, traced_for
+from pallas_kernels.sparse_attention import mosaic_gpu
+from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
+from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, slot_weights
+from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
+    AttentionConfig,
+    default_config,
+    partial_attention,
+)
+from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
+
+# The interpreter takes some 40 ms per tile: few queries and picks. Two thread blocks, short slices
+# and few slots, so that every ring goes round.
+SMALL = KVOuterConfig(
+    attention=AttentionConfig(num_consumers=2, tiles_per_slice=2, num_thread_blocks=2),
+    combine=CombineConfig(num_slots=2, num_thread_blocks=2),
+)
+SINGLE = KVOuterConfig(
+    attention=AttentionConfig(num_consumers=1, num_kv_stages=1, num_thread_blocks=1),
+    combine=CombineConfig(num_consumers=1, num_thread_blocks=1),
+)
+# Rows of 64 queries, as many per chunk as 2 heads of 64 dims in 3 slots leave.
+CHUNKS = dataclasses.replace(SMALL, partial_bytes=64 * 3 * 16 * 64 * 2, queries_per_row=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and place of one call; without `slots` queries follow each other from the first on."""
+
+    per_group: int = 16
+    groups: int = 1
+    batch: int = 1
+    num_queries: int = 64
+    num_keys: int = 192
+    head_dim: int = 64
+    block_size: int = 64
+    top_k: int = 2
+    density: float = 0.4
+    query_offset: int | tuple[int, ...] = 128
+    documents: tuple[tuple[int, int], ...] = ()
+    dtype: str = "bfloat16"
+    config: KVOuterConfig = SMALL
+
+    def inputs(self):
+        rng = np.random.default_rng(0)
+        heads = self.per_group * self.groups
+        for length, count in (
+            (self.num_queries, heads),
+            (self.num_keys, self.groups),
+            (self.num_keys, self.groups),
+        ):
+            x = rng.normal(size=(self.batch, length, count, self.head_dim))
+            yield jnp.asarray(x, self.dtype)
+
+    def block_ids(self):
+        """Ascending, then -1: any block, of the future and of other documents too."""
+        rng = np.random.default_rng(1)
+        shape = self.batch, self.groups, self.num_queries, self.top_k
+        ids = np.full(shape, -1, np.int32)
+        num_blocks = -(-self.num_keys // self.block_size)
+        for index in np.ndindex(shape[:3]):
+            count = rng.binomial(min(self.top_k, num_blocks), self.density)
+            ids[index][:count] = np.sort(rng.choice(num_blocks, count, replace=False))
+        return ids
+
+    def segment_ids(self):
+        if not self.documents:
+            return None
+        segments = np.zeros((self.batch, self.num_keys), np.int32)
+        for number, (start, stop) in enumerate(self.documents):
+            segments[:, start:stop] = number + 1
+        return segments
+
+    def expected(self, q, k, v, block_ids):
+        exact = (np.asarray(x, np.float64) for x in (q, k, v))
+        return numpy_oracle.attention(*exact, self.mask(block_ids), 0.2)
+
+    def mask(self, block_ids):
+        return numpy_oracle.support(
+            self.batch,
+            self.groups,
+            self.num_queries,
+            self.num_keys,
+            block_ids,
+            self.block_size,
+            segment_ids=self.segment_ids(),
+            query_offset=self.query_offset,
+        )
+
+    def attend(self, q, k, v, block_ids):
+        """To be traced for some target."""
+        segments, offset = self.segment_ids(), self.query_offset
+        return mosaic_gpu.sparse_attention(
+            q,
+            k,
+            v,
+            jnp.asarray(block_ids),
+            None if segments is None else jnp.asarray(segments),
+            offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32),
+            block_size=self.block_size,
+            scale=0.2,
+            config=self.config,
+        )
+
+
+def interpreted(races=False):
+    """Shared and device memory that nobody wrote is NaN."""
+    return traced_for(Target(interpret=plgpu.InterpretGPUParams(detect_races=races)))
+
+
+def run(case, q, k, v, block_ids, races=False):
+    with interpreted(races):
+        return compiled(case.attend)(q, k, v, block_ids)
+
+
+def assert_close(actual, expected):
+    """The output within the rounding of partial results, the log-sum-exp of float32 scores."""
+    (o, lse), (expected_o, expected_lse) = actual, expected
+    np.testing.assert_allclose(np.asarray(o, np.float64), expected_o, atol=0.02, rtol=0.01)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-5)
+
+
+CASES = {
+    "groups of 16, from the first query": Case(groups=2, query_offset=0, num_keys=64),
+    "one head per group, one of everything": Case(1, config=SINGLE),
+    "groups of 3, padded to 8; ragged queries and keys": Case(
+        3, groups=2, num_queries=71, num_keys=170, query_offset=99
+    ),
+    "groups of 64": Case(64, density=0.1, num_keys=128, query_offset=64),
+    "groups of 32, wide heads and blocks, float16": Case(
+        32, head_dim=128, block_size=128, num_keys=256, dtype="float16", density=0.2
+    ),
+    "an offset per batch row": Case(batch=2, query_offset=(17, 128), density=0.3),
+    "documents with padding behind them": Case(
+        num_keys=256, query_offset=70, documents=((0, 64), (64, 90), (128, 250)), top_k=4
+    ),
+    "two chunks": Case(2, num_queries=100, num_keys=128, query_offset=28, top_k=3, config=CHUNKS),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_and_log_sum_exp(case):
+    arrays, block_ids = tuple(case.inputs()), case.block_ids()
+    o, lse = run(case, *arrays, block_ids)
+    assert (o.dtype, lse.dtype) == (case.dtype, "float32")
+    expected = case.expected(*arrays, block_ids)
+    assert_close((o, lse), expected)
+    nothing = np.isneginf(expected[1]).swapaxes(1, 2)
+    assert nothing.any()
+    assert not np.asarray(o)[nothing].any()
+
+
+def test_all_queries_pick_one_block_and_no_races():
+    case = Case(num_keys=128, query_offset=64)
+    arrays = tuple(case.inputs())
+    block_ids = np.full((1, 1, case.num_queries, case.top_k), -1, np.int32)
+    block_ids[:, :, 5:, 0] = 1
+    assert_close(run(case, *arrays, block_ids, races=True), case.expected(*arrays, block_ids))
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_every_query_picks_another_block_and_a_repeated_id_counts_once():
+    case = Case(num_keys=64 * 70, query_offset=64 * 69, num_queries=64)
+    arrays = tuple(case.inputs())
+    block_ids = np.repeat(np.arange(64, dtype=np.int32)[None, None, :, None], 2, axis=3)
+    assert_close(run(case, *arrays, block_ids), case.expected(*arrays, block_ids))
+
+
+def test_not_a_number_stays_with_the_queries_that_see_it():
+    """In a key of block 0; what is picked of it is NaN, what is not stays finite."""
+    case = Case(density=0.6)
+    (q, k, v), block_ids = case.inputs(), case.block_ids()
+    k = k.at[0, 3].set(jnp.nan)
+    o, lse = (np.asarray(x, np.float32) for x in run(case, q, k, v, block_ids))
+    sees = (block_ids == 0).any(-1)[0, 0]
+    assert 0 < sees.sum() < len(sees)
+    assert np.isnan(o[0, sees]).all()
+    assert np.isnan(lse[0][:, sees]).all()
+    assert not np.isnan(o[0, ~sees]).any()
+
+
+def test_gradients_are_those_of_the_reference(caplog):
+    case = Case(2, groups=2, density=0.2)
+    arrays, block_ids = tuple(case.inputs()), case.block_ids()
+    rng = np.random.default_rng(2)
+    do = jnp.asarray(rng.normal(size=arrays[0].shape), case.dtype)
+    dlse = jnp.asarray(rng.normal(size=(1, 4, case.num_queries)), jnp.float32)
+
+    def gradients(q, k, v):
+        _, pullback = jax.vjp(lambda *qkv: case.attend(*qkv, block_ids), q, k, v)
+        return pullback((do, dlse))
+
+    mosaic_gpu._report_backward.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_kernels"), interpreted():
+        actual = compiled(gradients)(*arrays)
+    assert caplog.text.count("backward pass runs as 'reference'") == 1
+    exact = (np.asarray(x, np.float64) for x in (*arrays, case.mask(block_ids), do, dlse))
+    q, k, v, mask, do, dlse = exact
+    expected = numpy_oracle.attention_gradients(q, k, v, mask > 0, do, dlse, 0.2)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == case.dtype
+        np.testing.assert_allclose(np.asarray(a, np.float64), e, atol=0.01 * np.abs(e).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "all in bfloat16 or all in float16"),
+        ({"head_dim": 32}, "head_dim of 64 or 128, not 32"),
+        ({"block_size": 32}, "block_size of 64 or 128, not 32"),
+        ({"top_k": 65}, "1 to 64 blocks per query, not 65"),
+        ({"per_group": 65}, "at most 64 query heads per KV head, not 65"),
+        ({"num_queries": 63}, "63 queries are decoding"),
+    ],
+)
+def test_refusals(change, reason):
+    case = dataclasses.replace(Case(), **change)
+    with interpreted(), pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(case.attend, *case.inputs(), case.block_ids())
+
+
+def test_refuses_a_scale_that_turns_the_order_and_other_devices():
+    case = Case()
+    (q, k, v), ids = case.inputs(), jnp.asarray(case.block_ids())
+    attend = functools.partial(mosaic_gpu.sparse_attention, block_size=64)
+    with interpreted(), pytest.raises(NotImplementedError, match="a positive scale, not -1"):
+        attend(q, k, v, ids, None, 0, scale=-1.0)
+    with pytest.raises(NotImplementedError, match="need an NVIDIA Hopper GPU"):
+        attend(q, k, v, ids, None, 0, scale=1.0)
+
+
+def test_visible_block_ids_are_the_picks_that_see_something():
+    case = CASES["documents with padding behind them"]
+    block_ids = case.block_ids()
+    block_ids[0, 0, 0] = [1, 1, 2, 2]
+    segments = jnp.asarray(case.segment_ids())
+    actual = mosaic_gpu.visible_block_ids(jnp.asarray(block_ids), segments, 70, 64)
+    kept = np.asarray(actual) >= 0
+    seen = case.mask(block_ids).reshape(1, 1, case.num_queries, -1, 64).any(-1)
+    repeated = np.zeros_like(kept)
+    repeated[..., 1:] = block_ids[..., 1:] == block_ids[..., :-1]
+    expected = np.take_along_axis(seen, np.maximum(block_ids, 0), -1) & (block_ids >= 0)
+    np.testing.assert_array_equal(kept, expected & ~repeated)
+    assert kept.any()
+    assert not kept[block_ids >= 0].all()
+
+
+def test_slot_weights_of_log_sum_exps_far_apart():
+    places = jnp.asarray(np.arange(64 * 3).reshape(1, 1, 64, 3)).at[:, :, 1:, 0].set(-1)
+    places = places.at[:, :, 2].set(-1)
+    rng = np.random.default_rng(0)
+    slots = rng.normal(size=(64 * 3, 64)) * 500
+    _, weights, lse = slot_weights(places, jnp.asarray(slots, jnp.float32))
+    slots = slots.reshape(64, 3, 64)
+    slots[1:, 0], slots[2] = -np.inf, -np.inf
+    total = np.logaddexp2.reduce(slots, axis=1)
+    np.testing.assert_allclose(lse[0, 0], total.T * np.log(2), rtol=1e-5)
+    weights = np.asarray(weights)[0, 0]
+    np.testing.assert_allclose(np.delete(weights, 2, 0).sum(1), 1, rtol=1e-4)
+    assert not weights[2].any()
+    assert not weights[1:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AttentionConfig(num_consumers=4), "num_consumers=4 must be 1 to 3"),
+        (lambda: AttentionConfig(num_query_slots=1), "num_query_slots=1 must be at least 2"),
+        (lambda: AttentionConfig(num_kv_stages=0), "num_kv_stages=0 must be at least 1"),
+        (lambda: AttentionConfig(num_query_slots=3).check(128, 128), "bytes of shared memory"),
+        (lambda: CombineConfig(num_consumers=3), "num_consumers=3 must be 1 or 2"),
+        (lambda: CombineConfig(num_slots=0), "num_slots=0 must be at least 1"),
+        (lambda: CombineConfig().fitted(512, 64), "no room for two tiles"),
+        (lambda: KVOuterConfig(queries_per_row=100), "must be a power of two from 64 on"),
+        (lambda: KVOuterConfig(partial_bytes=0), "partial_bytes=0 must be positive"),
+    ],
+)
+def test_configs_say_what_is_wrong(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_configs_stay_within_registers_and_shared_memory():
+    for consumers, registers in ((1, 232), (2, 232), (3, 160)):
+        assert AttentionConfig(num_consumers=consumers).consumer_registers == registers
+    assert CombineConfig().fitted(128, 64).num_slots < CombineConfig().num_slots
+    for per_group in (8, 16, 32, 64):
+        config = default_config(per_group)
+        config.check(128, 128)
+        assert config.shared_memory_bytes(128, 128) > SHARED_MEMORY_BYTES // 2
+
+
+SHAPES = [(g, d, b) for g in (8, 16, 32, 64) for d in (64, 128) for b in (64, 128)]
+
+
+@pytest.mark.parametrize(
+    ("per_group", "head_dim", "block_size", "dtype"),
+    [(*shape, "bfloat16") for shape in SHAPES]
+    + [(*shape, "float16") for shape in SHAPES if shape[1:] == (128, 128)],
+)
+def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtype):
+    def attend(q, k, v, queries, slices, num_slices):
+        return partial_attention(
+            q,
+            k,
+            v,
+            ReverseIndex(queries, queries, slices, num_slices),
+            block_size=block_size,
+            scale=0.1,
+            config=default_config(per_group),
+        )
+
+    keys = (2048, 4, head_dim), dtype
+    shapes = [((2048, 4 * per_group, head_dim), dtype), keys, keys]
+    shapes += [((4096,), "int32"), ((512, NUM_FIELDS), "int32"), ((1,), "int32")]
+    assert spill_bytes(attend, shapes) == 0
+
+
+@pytest.mark.parametrize(
+    ("per_group", "head_dim", "top_k", "dtype"),
+    [(g, 128, 16, "bfloat16") for g in (8, 16, 32, 64)]
+    + [(g, 64, 3, "bfloat16") for g in (8, 16, 32, 64)]
+    + [(16, 128, 64, "float16")],
+)
+def test_combine_compiles_without_spills(per_group, head_dim, top_k, dtype):
+    tiles = 1, 4, 128, top_k
+    shapes = [
+        ((4096, per_group, head_dim), dtype),
+        ((*tiles, 64 // per_group), "int32"),
+        ((*tiles, 64), "float32"),
+    ]
+    assert spill_bytes(functools.partial(combine, config=CombineConfig()), shapes) == 0
+
+
+def spill_bytes(fn, shapes):
+    """Of the single kernel in `fn`."""
+    (resources,) = compile_for_h100(fn, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    return resources.spill_bytes
