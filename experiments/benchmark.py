@@ -106,7 +106,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     for name, (field, default) in _SHAPE.items():
         flags.DEFINE_integer(name, default, field.replace("_", " "), 0, flag_values=values)
     for name, default, words in (
-        ("case_seconds", 300.0, "after which one case is ended"),
+        ("case_seconds", 500.0, "after which one case is ended"),
         ("total_seconds", 36000.0, "after which no further case is begun"),
     ):
         flags.DEFINE_float(name, default, words, lower_bound=1, flag_values=values)

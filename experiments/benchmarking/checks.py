@@ -133,12 +133,13 @@ def exact_attention(
     visible = (ids[..., None] >= 0) & (slots <= rows[:, None, None, None]) & (slots < k.shape[1])
     shape = (len(rows), groups, -1)
     slots, visible = slots.reshape(shape), visible.reshape(shape)
+    sampled = np.asarray(q[0, jnp.asarray(rows)], np.float64)
     outputs, log_sums = [], []
-    for row, row_slots, row_visible in zip(rows, slots, visible, strict=True):
+    for row_queries, row_slots, row_visible in zip(sampled, slots, visible, strict=True):
         place = jnp.asarray(np.where(row_visible, row_slots, 0))
         head = jnp.arange(groups)[:, None]
         keys, values = (np.asarray(x[0, place, head], np.float64) for x in (k, v))
-        queries = np.asarray(q[0, row], np.float64).reshape(groups, -1, head_dim)
+        queries = row_queries.reshape(groups, -1, head_dim)
         logits = np.einsum("hgd,hsd->hgs", queries, keys) * head_dim**-0.5
         logits = np.where(row_visible[:, None], logits, -np.inf)
         top = logits.max(-1, keepdims=True)
