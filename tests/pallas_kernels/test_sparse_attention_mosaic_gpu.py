@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_oracle
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from op_cases import compiled
 
@@ -166,13 +165,14 @@ def test_output_and_log_sum_exp(case):
     assert not np.asarray(o)[nothing].any()
 
 
-def test_all_queries_pick_one_block_and_no_races():
+def test_all_queries_pick_one_block_and_no_races(capfd):
     case = Case(num_keys=128, query_offset=64)
     arrays = tuple(case.inputs())
     block_ids = np.full((1, 1, case.num_queries, case.top_k), -1, np.int32)
     block_ids[:, :, 5:, 0] = 1
     assert_close(run(case, *arrays, block_ids, races=True), case.expected(*arrays, block_ids))
-    assert not gpu_callbacks.get_races().races_found
+    # The interpreter remembers the races of the last kernel only, but prints those of each.
+    assert "RACE" not in capfd.readouterr().out
 
 
 def test_every_query_picks_another_block_and_a_repeated_id_counts_once():
