@@ -1,6 +1,7 @@
 """Selected attention by union tiles: in the interpreter against numpy, and compiled for an H100."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -120,15 +121,54 @@ def test_no_races():
     assert_as_oracle(case, plgpu.InterpretGPUParams(detect_races=True))
 
 
-@pytest.mark.parametrize("group", [1, 8, 16, 64])
+def arguments(group=16, head_dim=128, dtype="bfloat16"):
+    """Shapes of q, k, v, block_ids and query_offset for 4096 tokens and two groups."""
+    kv = jax.ShapeDtypeStruct((1, 4096, 2, head_dim), dtype)
+    q = jax.ShapeDtypeStruct((1, 4096, 2 * group, head_dim), dtype)
+    ids = jax.ShapeDtypeStruct((1, 2, 4096, 16), jnp.int32)
+    return q, kv, kv, ids, jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+def attend(*arrays, config, block_size=128, scale=0.1):
+    return union(*arrays, block_size=block_size, scale=scale, config=config)
+
+
+@pytest.mark.parametrize("group", [1, 16, 64])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiles_for_h100_without_spills(group, head_dim):
-    def attend(q, k, v, block_ids, offset):
-        return union(q, k, v, block_ids, offset, block_size=128, scale=0.1, config=UnionConfig())
-
-    kv = jax.ShapeDtypeStruct((1, 4096, 2, head_dim), jnp.bfloat16)
-    q = jax.ShapeDtypeStruct((1, 4096, 2 * group, head_dim), jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct((1, 2, 4096, 16), jnp.int32)
-    offset = jax.ShapeDtypeStruct((1,), jnp.int32)
-    (kernel,) = compile_for_h100(attend, q, kv, kv, ids, offset)
+    shipped = functools.partial(attend, config=UnionConfig())
+    (kernel,) = compile_for_h100(shipped, *arguments(group, head_dim))
     assert kernel.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float32"}, "bfloat16 or float16 inputs"),
+        ({"head_dim": 96}, "head_dim 64 or 128, not 96"),
+        ({"group": 65}, "at most 64 query heads per KV head, not 65"),
+        ({"block_size": 96}, "block_size=96 to be a multiple of key_tile=64"),
+        ({"scale": 0.0}, "a positive scale"),
+        ({"config": UnionConfig(ring=12)}, "choose a smaller ring"),
+    ],
+)
+def test_what_it_does_not_serve(changes, reason):
+    options = {"config": UnionConfig()}
+    options |= {
+        key: changes.pop(key) for key in ("config", "block_size", "scale") if key in changes
+    }
+    with traced_for(Target()), pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(functools.partial(attend, **options), *arguments(**changes))
+
+
+@pytest.mark.parametrize("field", [{"consumers": 4}, {"key_tile": 96}, {"ring": 1}])
+def test_a_form_that_cannot_be(field):
+    (name,) = field
+    with pytest.raises(ValueError, match=f"{name}={field[name]} must"):
+        UnionConfig(**field)
+
+
+def test_registers_of_a_core_are_not_exceeded():
+    for consumers in (1, 2, 3):
+        config = UnionConfig(consumers=consumers)
+        assert consumers * config.consumer_registers + config.producer_registers <= 512
