@@ -36,7 +36,10 @@ def exact_block_scores(
     rows: np.ndarray,
     block_size: int,
 ) -> Float[np.ndarray, "R H N"]:
-    """Float32 block scores of rows of the first sequence, unscaled; -inf where nothing is seen."""
+    """Float32 block scores of rows of the first sequence, unscaled and unmasked.
+
+    The blocks before a row's own one are visible as a whole; only their scores mean anything.
+    """
     blocks = -(-index_k.shape[1] // block_size)
 
     @jax.jit
@@ -45,17 +48,14 @@ def exact_block_scores(
             "rhd,sd->rhs", queries, index_k, precision="highest", preferred_element_type=jnp.float32
         )
 
-    @jax.jit  # apart from the product, which XLA would otherwise tune together with the mask
-    def pool(scores, rows):
-        seen = jnp.arange(scores.shape[-1]) <= rows[:, None, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
+    @jax.jit  # apart from the product, which XLA would otherwise tune together with the maximum
+    def pool(scores):
         padding = blocks * block_size - scores.shape[-1]
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padding)), constant_values=-jnp.inf)
         return scores.reshape(*scores.shape[:2], blocks, block_size).max(-1)
 
     sampled = index_q[0, jnp.asarray(rows)].astype(jnp.float32)
-    scores = scores_of(sampled, index_k[0].astype(jnp.float32))
-    return np.asarray(pool(scores, jnp.asarray(rows)))
+    return np.asarray(pool(scores_of(sampled, index_k[0].astype(jnp.float32))))
 
 
 def check_selection(

@@ -20,6 +20,7 @@ from experiments.benchmarking.timing import jax_chain, repeat
 from pallas_kernels import BlockSelection, select_blocks, sparse_attention
 
 Record = dict[str, Any]
+Programs = dict[str, Any]  # compiled, by part
 
 _MATMUL_SIZES = (4096, 8192, 16384)
 _COPY_BYTES = 2**32
@@ -59,17 +60,22 @@ def cudnn(case: Case) -> Iterator[Record]:
 def msa(case: Case) -> Iterator[Record]:
     """Selection, main branch and both, one record for each kind of selection and precision."""
     arrays = main_inputs(case)
+    programs: dict[str, Programs] = {}
     for selection in case.selections:
         index = index_inputs(case, selection)
         for precision in case.precisions:
             record = {"selection": selection, "precision": precision}
             try:
-                yield record | _msa(case, arrays, index, precision)
+                if precision not in programs:
+                    programs[precision] = _compile(case, arrays, index, precision)
+                yield record | _msa(case, arrays, index, precision, programs[precision])
             except Exception as error:  # the other kinds may still run; jax has no class for all
                 yield record | {"error": describe(error)}
 
 
-def _msa(case: Case, arrays: MainInputs, index: IndexInputs, precision: str) -> Record:
+def _compile(case: Case, arrays: MainInputs, index: IndexInputs, precision: str) -> Programs:
+    """The programs of one precision, by part; they serve every kind of selection."""
+
     def select(index_q, index_k):
         return select_blocks(
             index_q,
@@ -88,17 +94,22 @@ def _msa(case: Case, arrays: MainInputs, index: IndexInputs, precision: str) -> 
         return attend(q, k, v, select(index_q, index_k))
 
     ids_type = jax.eval_shape(select, *index)
-    compiled = {
+    return {
         "selection": jax.jit(select).lower(*index).compile(),
         "main": jax.jit(attend).lower(*arrays, ids_type).compile(),
         "both": jax.jit(both).lower(*arrays, *index).compile(),
     }
-    block_ids = compiled["selection"](*index)
-    checked = _check(case, arrays, index, block_ids, compiled, exact=precision == "native")
+
+
+def _msa(
+    case: Case, arrays: MainInputs, index: IndexInputs, precision: str, programs: Programs
+) -> Record:
+    block_ids = programs["selection"](*index)
+    checked = _check(case, arrays, index, block_ids, programs, exact=precision == "native")
     calls: dict[str, Callable[[], Any]] = {
-        "selection": lambda: compiled["selection"](*index),
-        "main": lambda: compiled["main"](*arrays, block_ids),
-        "both": lambda: compiled["both"](*arrays, *index),
+        "selection": lambda: programs["selection"](*index),
+        "main": lambda: programs["main"](*arrays, block_ids),
+        "both": lambda: programs["both"](*arrays, *index),
     }
     timings = {name: repeat(jax_chain(call), case.repeats) for name, call in calls.items()}
     first = case.top_k * case.block_size
@@ -106,7 +117,7 @@ def _msa(case: Case, arrays: MainInputs, index: IndexInputs, precision: str) -> 
         "timings": {name: timing.asdict() for name, timing in timings.items()},
         "checks": checked,
         "union": {str(n): mean_union(block_ids, n, first) for n in (4, 8)},
-        **_memory(compiled),
+        **_memory(programs),
     }
 
 
@@ -115,7 +126,7 @@ def _check(
     arrays: MainInputs,
     index: IndexInputs,
     block_ids: jax.Array,
-    compiled: dict[str, Any],
+    programs: Programs,
     *,
     exact: bool,
 ) -> Record:
@@ -125,7 +136,7 @@ def _check(
     scores = checks.exact_block_scores(*index, rows, case.block_size)
     record: Record = checks.check_selection(ids, scores, rows, case.block_size, exact=exact)
 
-    o, lse = compiled["main"](*arrays, block_ids)
+    o, lse = programs["main"](*arrays, block_ids)
     sampled = np.asarray(o[0, rows].astype(jnp.float32))  # no o[0]: it would be copied
     expected = checks.exact_attention(*arrays, ids, rows, case.block_size)
     record |= checks.check_output(sampled, np.asarray(lse[0][:, rows]).T, expected)
@@ -135,7 +146,7 @@ def _check(
 
     once = int(checks.digest(o))
     o = lse = None
-    again = int(checks.digest(compiled["both"](*arrays, *index)[0]))
+    again = int(checks.digest(programs["both"](*arrays, *index)[0]))
     if once != again:
         raise checks.CheckError("two runs over the same inputs differ")
     return record | {"rows": len(rows), "two_runs_equal": True}
@@ -150,10 +161,10 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     return repeat(jax_chain(call), repeats).median_ms / 1e3
 
 
-def _memory(compiled: dict[str, Any]) -> Record:
+def _memory(programs: Programs) -> Record:
     """The process's peak so far, and what each program takes beside arguments and results."""
     statistics = jax.devices()[0].memory_stats() or {}
-    analyses = {name: program.memory_analysis() for name, program in compiled.items()}
+    analyses = {name: program.memory_analysis() for name, program in programs.items()}
     return {
         "peak_bytes": statistics.get("peak_bytes_in_use"),
         "temporary_bytes": {
