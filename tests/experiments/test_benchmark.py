@@ -262,6 +262,12 @@ class TestWorkers:
         assert record["error"].startswith("CheckError")
         assert "timings" not in record
 
+    def test_runs_that_differ_are_not_timed(self, monkeypatch):
+        digests = iter((1, 2))
+        monkeypatch.setattr(checks, "digest", lambda _: next(digests))
+        (record,) = jax_worker.msa(tiny(64, selections=("random",), precisions=("native",)))
+        assert record["error"] == "CheckError: two runs over the same inputs differ"
+
     def test_the_process_reports_a_case_that_cannot_run(self, capsys):
         case = json.dumps(
             {"subject": "flash_attention_4", "length": 128, "selections": [], "precisions": []}
