@@ -378,12 +378,14 @@ def _attend(block: _ThreadBlock, consumer, stage, turn, current: _Slice, tile, r
     first_query = block.queries[tile * (TILE_ROWS // per_group)]
     plgpu.barrier_wait(smem.q_full.at[consumer, slot])
     q_tile = smem.q.at[consumer, slot]
-    scores = matmul(q_tile, smem.k.at[stage].transpose((1, 0)), (TILE_ROWS, block_size))
 
-    @pl.when(turn > 0)
-    def _():
-        release(turn - 1)
+    def score(accumulator):
+        plgpu.wgmma(accumulator, q_tile, smem.k.at[stage].transpose((1, 0)))
+        # Under the product, so that the slot's next queries are on their way a whole tile earlier.
+        pl.when(turn > 0)(lambda: release(turn - 1))
+        return accumulator[...]
 
+    scores = pl.run_scoped(score, plgpu.ACC((TILE_ROWS, block_size), jnp.float32))
     # A list's queries ascend and none precedes the block: those inside it come first.
     scores = lax.cond(
         first_query < current.own_query + (block_size - 1),
