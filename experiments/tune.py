@@ -5,7 +5,7 @@
 
 Every combination of a kernel's search space is compiled ahead of time for an H100; what spills, or
 takes more shared memory than there is, is dropped with the reason. The others are timed as the
-whole op, and the fastest goes into the table for the device, the dtype and the length's bucket.
+whole op, and the fastest goes into the table for the device, the dtype and the bucket of shapes.
 --compile_only stops before the timing and needs no GPU. 64/4 heads of 128 dims, 16 blocks of 128.
 """
 
@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{name}, {dtype}, {length} tokens", flush=True)
             survivors = list(compiling(name, case, dtype))
             if not values.compile_only:
-                best = fastest(name, survivors, case, dtype, values.selection)
-                bucket = tuning.length_bucket(case.length)
+                best, bucket = fastest(name, survivors, case, dtype, values.selection)
                 tuning.write_entry(name, best, device_kind=kind, dtype=dtype, bucket=bucket)
 
 

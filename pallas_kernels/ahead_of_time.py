@@ -105,15 +105,16 @@ def _assembler_report() -> Iterator[list[str]]:
 def _parse(report: str) -> tuple[KernelResources, ...]:
     kernels = []
     for part in report.split("Compiling entry function ")[1:]:
-        stack, *spills = map(
-            int, re.search(r"(\d+) bytes stack.* (\d+) bytes spill stores, (\d+)", part).groups()
+        stack, stored, loaded = _numbers(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         )
-        kernels.append(
-            KernelResources(
-                name=part.split("'")[1],
-                registers=int(re.search(r"Used (\d+) registers", part).group(1)),
-                spill_bytes=sum(spills),
-                stack_bytes=stack,
-            )
-        )
+        (registers,) = _numbers(r"Used (\d+) registers", part)
+        kernels.append(KernelResources(part.split("'")[1], registers, stored + loaded, stack))
     return tuple(kernels)
+
+
+def _numbers(pattern: str, text: str) -> tuple[int, ...]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the assembler's report has no line like {pattern!r}: {text[:200]}")
+    return tuple(int(number) for number in found.groups())

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.
     )
 
 
-def matmul(a, b, shape: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+def matmul(a, b, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """a @ b of operands in shared memory, awaited."""
 
     def multiply(accumulator):
@@ -91,7 +92,7 @@ def matmul(a, b, shape: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float
     return pl.run_scoped(multiply, plgpu.ACC(shape, dtype))
 
 
-def matmul_add(accumulator: jax.Array, a: jax.Array, b, staging, target: Target) -> jax.Array:
+def matmul_add(accumulator: jax.Array, a: jax.Array, b, staging, target: Target) -> Any:
     """accumulator + a @ b with a in registers and b in shared memory, awaited.
 
     The interpreter can neither continue an accumulator nor take a from registers: there a goes

@@ -1,4 +1,4 @@
-"""The tuned table: the tile sizes of a kernel by device, dtype and bucket of lengths.
+"""The tuned table: the tile sizes of a kernel by device, dtype and bucket of shapes.
 
 `tuned.json` beside this file is written by `python -m experiments.tune`. A kernel asks for its
 config while it is traced and gives its default; what the table does not hold stays as it is.
@@ -26,12 +26,12 @@ class Trial:
     Attributes:
       kernel: its name in the table.
       values: fields of its config.
-      asked: whether the kernel has asked for its config since.
+      bucket: for which the kernel has asked for its config since; None: it has not.
     """
 
     kernel: str
     values: Mapping[str, Any]
-    asked: bool = False
+    bucket: str | None = None
 
 
 _trial: contextvars.ContextVar[Trial | None] = contextvars.ContextVar("trial", default=None)
@@ -47,27 +47,32 @@ def tuned[Config](
       default: a frozen dataclass; fields that the table leaves out keep its values.
       device_kind: `jax.Device.device_kind`, by default that of the first device.
       dtype: name of the dtype that the kernel multiplies, such as "bfloat16".
-      bucket: see `length_bucket`.
+      bucket: see `shape_bucket`.
 
     Raises:
       ValueError: the table names a field that the config does not have, or a value it refuses.
     """
     trial = _trial.get()
     if trial is not None and trial.kernel == kernel:
-        trial.asked = True
+        trial.bucket = bucket
         return _replace(default, trial.values, f"trial of {kernel}")
     kind = jax.devices()[0].device_kind if device_kind is None else device_kind
     values = read_table().get(kernel, {}).get(kind, {}).get(dtype, {}).get(bucket, {})
     return _replace(default, values, f"{TABLE.name}: {kernel}, {kind}, {dtype}, {bucket}")
 
 
-def length_bucket(length: int) -> str:
-    """The bucket of a sequence length: the next power of two, "8K" for 4,097 to 8,192 tokens."""
+def shape_bucket(length: int, **sizes: int) -> str:
+    """The bucket of a shape: the next power of two of its length, and sizes that must be equal.
+
+    `shape_bucket(5000, D=128, Bk=128)` is "8K D128 Bk128".
+    """
     size = 1 << max(length - 1, 0).bit_length()
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+    name = str(size)
+    for unit, letter in ((1 << 20, "M"), (1 << 10, "K")):
         if size >= unit:
-            return f"{size // unit}{name}"
-    return str(size)
+            name = f"{size // unit}{letter}"
+            break
+    return " ".join([name, *(f"{key}{value}" for key, value in sizes.items())])
 
 
 @contextlib.contextmanager

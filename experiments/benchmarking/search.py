@@ -11,8 +11,10 @@ from experiments.benchmarking.cases import Case
 from experiments.benchmarking.inputs import index_inputs, main_inputs
 from experiments.benchmarking.timing import jax_chain, repeat
 from msa_jax.config import ConfigError
-from pallas_kernels import BlockSelection, select_blocks, sparse_attention, tuning
+from pallas_kernels import select_blocks, tuning
 from pallas_kernels.ahead_of_time import compile_for_h100
+from pallas_kernels.sparse_attention.mosaic_gpu import SparseAttentionConfig
+from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention as attend_by_kernels
 
 Values = Mapping[str, Any]
 
@@ -70,7 +72,7 @@ def compiling(name: str, case: Case, dtype: str) -> Iterator[Values]:
     Raises:
       ConfigError: the op does not run this kernel on the case.
     """
-    call, arguments = _op(KERNELS[name], case, dtype)
+    call, arguments = _op(name, case, dtype)
     for values in KERNELS[name].candidates():
         with tuning.trying(name, values) as trial:
             try:
@@ -78,7 +80,7 @@ def compiling(name: str, case: Case, dtype: str) -> Iterator[Values]:
             except Exception as error:  # the compiler's errors have no class in common
                 print(f"  {_text(values)}: {' '.join(str(error).split())[:120]}", flush=True)
                 continue
-        if not trial.asked:
+        if trial.bucket is None:
             raise ConfigError(f"{KERNELS[name].op} does not ask for {name} at {case.length} tokens")
         spilled = [kernel.name for kernel in resources if kernel.spill_bytes]
         if spilled:
@@ -89,35 +91,37 @@ def compiling(name: str, case: Case, dtype: str) -> Iterator[Values]:
 
 def fastest(
     name: str, candidates: Sequence[Values], case: Case, dtype: str, selection: str
-) -> Values:
-    """Times candidates on this GPU, prints the times and returns the best.
+) -> tuple[Values, str]:
+    """Times candidates on this GPU, prints the times, returns the best and its shape bucket.
 
     Raises:
       ConfigError: no candidate is left to time.
     """
     if not candidates:
         raise ConfigError(f"no candidate of {name} compiles at {case.length} tokens")
-    call, _ = _op(KERNELS[name], case, dtype)
+    call, _ = _op(name, case, dtype)
     index = index_inputs(case, selection)
     arrays: tuple[Any, ...] = tuple(index)
     if KERNELS[name].op == "sparse_attention":
         selected = select_blocks(*index, block_size=case.block_size, top_k=case.top_k)
         arrays = (*main_inputs(case), selected.block_ids)
-    times = []
+    times, bucket = [], None
     for values in candidates:
-        with tuning.trying(name, values):
+        with tuning.trying(name, values) as trial:
             compiled = jax.jit(lambda *arrays: call(*arrays)).lower(*arrays).compile()
+        bucket = trial.bucket
         times.append(repeat(jax_chain(lambda run=compiled: run(*arrays)), case.repeats).median_ms)
         print(f"  {_text(values)}: {times[-1]:.3f} ms", flush=True)
     best = candidates[times.index(min(times))]
     print(f"  best: {_text(best)}", flush=True)
-    return best
+    assert bucket is not None  # `compiling` refuses a kernel that does not ask
+    return best, bucket
 
 
 def _op(
-    space: SearchSpace, case: Case, dtype: str
+    name: str, case: Case, dtype: str
 ) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
-    """The op as a function of arrays, and their shapes."""
+    """The op that runs the kernel as a function of arrays, and their shapes."""
 
     def shape(*sizes: int, kind: str = "bfloat16") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((case.batch, *sizes), kind)
@@ -133,10 +137,20 @@ def _op(
         ).block_ids
 
     def attend(q, k, v, block_ids):
-        selection = BlockSelection(block_ids, case.block_size)
-        return sparse_attention(q, k, v, selection, implementation="mosaic_gpu")
+        scheme = "union" if name.endswith(".union") else "kv_outer"
+        return attend_by_kernels(
+            q,
+            k,
+            v,
+            block_ids,
+            None,
+            0,
+            block_size=case.block_size,
+            scale=case.head_dim**-0.5,
+            config=SparseAttentionConfig(scheme),
+        )
 
-    if space.op == "select_blocks":
+    if KERNELS[name].op == "select_blocks":
         index_q = shape(case.length, case.num_kv_heads, case.index_dim)
         return select, (index_q, shape(case.length, case.index_dim))
     q, kv = (

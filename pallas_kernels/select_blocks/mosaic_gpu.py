@@ -23,6 +23,7 @@ from pallas_kernels.select_blocks.scores_mosaic_gpu import (
     block_scores,
 )
 from pallas_kernels.select_blocks.top_k_mosaic_gpu import MAX_TOP_K, TopKConfig, top_ids
+from pallas_kernels.tuning import shape_bucket, tuned
 from pallas_kernels.visibility import document_starts, query_slots, segments_at
 
 MIN_QUERIES = 64
@@ -94,7 +95,7 @@ def select_blocks(
     """
     current_target()
     _refuse(index_q, block_size, top_k, pooling, scale, index_precision)
-    config = SelectConfig() if config is None else config
+    config = config or _tuned(index_q, block_size, index_precision)
     num_queries, tile = index_q.shape[1], config.scores.tile
     index_q, index_k = _padded(index_q, tile), _padded(index_k, block_size)
     scales = None
@@ -157,6 +158,17 @@ def _refuse(index_q, block_size, top_k, pooling, scale, index_precision) -> None
     for reason, holds in served.items():
         if not holds:
             raise NotImplementedError(reason)
+
+
+def _tuned(index_q, block_size: int, index_precision: str) -> SelectConfig:
+    """The tuned tile sizes of both kernels."""
+    num_queries, _, index_dim = index_q.shape[1:]
+    bucket = shape_bucket(num_queries, Di=index_dim, Bk=block_size)
+    dtype = index_q.dtype.name if index_precision == "native" else index_precision
+    return SelectConfig(
+        scores=tuned("select_blocks.scores", ScoreConfig(), dtype=dtype, bucket=bucket),
+        top_k=tuned("select_blocks.top_k", TopKConfig(), dtype=dtype, bucket=bucket),
+    )
 
 
 def _padded(array: Array, multiple: int) -> Array:

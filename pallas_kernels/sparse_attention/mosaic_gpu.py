@@ -1,5 +1,12 @@
-"""`sparse_attention` on NVIDIA Hopper: what its kernels serve, and how gradients are taken."""
+"""`sparse_attention` on NVIDIA Hopper: what its kernels serve, which runs, how gradients are taken.
 
+Two schemes compute the same. Union tiles load a block once for neighbouring queries: cheap where
+these agree. KV-outer visits every block once: its cost does not depend on the selection. Which is
+cheaper shows in how many distinct blocks the queries of a warpgroup have; that is measured on the
+device, and one of the two compiled branches runs.
+"""
+
+import dataclasses
 import functools
 import logging
 from typing import NamedTuple
@@ -11,12 +18,48 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic_gpu import current_target
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, kv_outer
+from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import default_config
+from pallas_kernels.sparse_attention.union_mosaic_gpu import (
+    WARPGROUP_ROWS,
+    UnionConfig,
+    padded_group,
+    union,
+)
+from pallas_kernels.sparse_attention.union_tiles import mean_union
+from pallas_kernels.tuning import shape_bucket, tuned
 from pallas_kernels.visibility import query_slots, segments_at
+
+SCHEMES = ("auto", "union", "kv_outer")
+
+# Of so many runs of neighbouring queries one is looked at to measure their overlap.
+_SAMPLE_EVERY = 16
 
 # Fewer queries are decoding, where gathering by key block has nothing to share.
 MIN_QUERIES = 64
 
 _logger = logging.getLogger("pallas_kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseAttentionConfig:
+    """Which scheme runs, and how.
+
+    Attributes:
+      scheme: "union", "kv_outer", or "auto" for the cheaper one of each call.
+      union: the union kernel's shape; None for the tuned one.
+      kv_outer: the KV-outer kernels' shape; None for the tuned one.
+      max_union: with "auto", union tiles run if the mean number of distinct blocks over the queries
+        of a warpgroup is at most so many times the mean number of blocks of a query.
+    """
+
+    scheme: str = "auto"
+    union: UnionConfig | None = None
+    kv_outer: KVOuterConfig | None = None
+    max_union: float = 2.25
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme!r}: choose one of {', '.join(SCHEMES)}")
 
 
 class _Options(NamedTuple):
@@ -25,7 +68,7 @@ class _Options(NamedTuple):
     block_size: int
     scale: float
     query_offset: int | None
-    config: KVOuterConfig
+    config: SparseAttentionConfig
 
 
 def sparse_attention(
@@ -38,7 +81,7 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float,
-    config: KVOuterConfig | None = None,
+    config: SparseAttentionConfig | None = None,
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
 
@@ -53,7 +96,7 @@ def sparse_attention(
       query_offset: the key slot of the first query, per row or for all.
       block_size: 64 or 128.
       scale: of the scores, positive.
-      config: the kernels' shape; None for the default.
+      config: which kernels run; None for the cheaper ones in their tuned shapes.
 
     Raises:
       NotImplementedError: no Hopper GPU, or arguments other than the above.
@@ -61,9 +104,8 @@ def sparse_attention(
     current_target()
     _check_served(q, k, v, block_ids, block_size, scale)
     known = isinstance(query_offset, int)
-    options = _Options(
-        block_size, scale, query_offset if known else None, config or KVOuterConfig()
-    )
+    config = config or SparseAttentionConfig()
+    options = _Options(block_size, scale, query_offset if known else None, config)
     offset = None if known else query_offset
     return _attention(options, q, k, v, block_ids, segment_ids, offset)
 
@@ -124,16 +166,58 @@ def visible_block_ids(
 def _attention(options: _Options, q, k, v, block_ids, segment_ids, query_offset):
     offset = query_offset if options.query_offset is None else options.query_offset
     block_ids = visible_block_ids(block_ids, segment_ids, offset, options.block_size)
-    return kv_outer(
-        q,
-        k,
-        v,
-        block_ids,
-        offset,
-        block_size=options.block_size,
-        scale=options.scale,
-        config=options.config,
-    )
+    config = options.config
+    tiles, outer = _tuned(config, q, k, options.block_size)
+    call = {"block_size": options.block_size, "scale": options.scale}
+    schemes = {
+        "union": functools.partial(union, config=tiles, **call),
+        "kv_outer": functools.partial(kv_outer, config=outer, **call),
+    }
+    offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), q.shape[:1])
+    arguments = q, k, v, block_ids, offsets
+    if config.scheme != "auto":
+        return schemes[config.scheme](*arguments)
+    per_warpgroup = WARPGROUP_ROWS // padded_group(q.shape[2] // k.shape[2])
+    overlap = union_ratio(block_ids, per_warpgroup) <= config.max_union
+    return jax.lax.cond(overlap, schemes["union"], schemes["kv_outer"], *arguments)
+
+
+def union_ratio(block_ids: Int[Array, "B Hkv T K"], queries: int) -> Float[Array, ""]:
+    """Mean distinct blocks of `queries` neighbours over the mean blocks of one; from a sample.
+
+    From 1, where neighbours agree, to `queries`, where they share nothing.
+    """
+    batch, groups, num_queries, top_k = block_ids.shape
+    run = queries * _SAMPLE_EVERY
+    if num_queries >= run:
+        whole = block_ids[:, :, : num_queries // run * run]
+        runs = whole.reshape(batch, groups, -1, _SAMPLE_EVERY, queries, top_k)
+        block_ids = runs[:, :, :, _SAMPLE_EVERY // 2].reshape(batch, groups, -1, top_k)
+    blocks = (block_ids >= 0).sum(-1, dtype=jnp.float32).mean()
+    return mean_union(block_ids, queries) / jnp.maximum(blocks, 1e-6)
+
+
+def _tuned(
+    config: SparseAttentionConfig, q, k, block_size: int
+) -> tuple[UnionConfig, KVOuterConfig]:
+    """The config's kernel shapes; those left open from the tuned table."""
+    num_queries, num_heads, head_dim = q.shape[1:]
+    group = padded_group(num_heads // k.shape[2])
+    place = {
+        "dtype": q.dtype.name,
+        "bucket": shape_bucket(num_queries, G=group, D=head_dim, Bk=block_size),
+    }
+    tiles, outer = config.union, config.kv_outer
+    if tiles is None:
+        tiles = tuned(
+            "sparse_attention.union", UnionConfig.for_block(block_size, head_dim), **place
+        )
+    outer = outer or KVOuterConfig()
+    if outer.attention is None:
+        attention = tuned("sparse_attention.kv_outer", default_config(group), **place)
+        merge = tuned("sparse_attention.combine", outer.combine, **place)
+        outer = dataclasses.replace(outer, attention=attention, combine=merge)
+    return tiles, outer
 
 
 def _forward(options: _Options, *arrays):

@@ -56,8 +56,8 @@ class UnionConfig:
     """
 
     consumers: int = 3
-    key_tile: int = 64
-    ring: int = 10
+    key_tile: int = 128
+    ring: int = 5
 
     def __post_init__(self):
         if not 1 <= self.consumers <= 3:
@@ -66,6 +66,12 @@ class UnionConfig:
             raise ValueError(f"key_tile={self.key_tile} must be 64 or 128")
         if self.ring < 2:
             raise ValueError(f"ring={self.ring} must hold a key tile and a value tile: at least 2")
+
+    @classmethod
+    def for_block(cls, block_size: int, head_dim: int) -> "UnionConfig":
+        """The form for a shape without tuned values: whole blocks, as many as fit in flight."""
+        ring = min(10, 160 * 1024 // (block_size * head_dim * 2))
+        return cls(consumers=3, key_tile=block_size, ring=ring)
 
     @property
     def consumer_registers(self) -> int:

@@ -22,7 +22,9 @@ from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
     default_config,
     partial_attention,
 )
+from pallas_kernels.sparse_attention.mosaic_gpu import SCHEMES, SparseAttentionConfig
 from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
+from pallas_kernels.sparse_attention.union_mosaic_gpu import UnionConfig
 
 # The interpreter takes some 40 ms per tile: few queries and picks. Two thread blocks, short slices
 # and few slots, so that every ring goes round.
@@ -30,6 +32,7 @@ SMALL = KVOuterConfig(
     attention=AttentionConfig(num_consumers=2, tiles_per_slice=2, num_thread_blocks=2),
     combine=CombineConfig(num_slots=2, num_thread_blocks=2),
 )
+UNION = UnionConfig(consumers=1, key_tile=64, ring=2)
 SINGLE = KVOuterConfig(
     attention=AttentionConfig(num_consumers=1, num_kv_stages=1, num_thread_blocks=1),
     combine=CombineConfig(num_consumers=1, num_thread_blocks=1),
@@ -55,6 +58,7 @@ class Case:
     documents: tuple[tuple[int, int], ...] = ()
     dtype: str = "bfloat16"
     config: KVOuterConfig = SMALL
+    scheme: str = "kv_outer"
 
     def inputs(self):
         rng = np.random.default_rng(0)
@@ -114,7 +118,7 @@ class Case:
             offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32),
             block_size=self.block_size,
             scale=0.2,
-            config=self.config,
+            config=SparseAttentionConfig(self.scheme, UNION, self.config),
         )
 
 
@@ -218,6 +222,41 @@ def test_gradients_are_those_of_the_reference(caplog):
         np.testing.assert_allclose(np.asarray(a, np.float64), e, atol=0.01 * np.abs(e).max())
 
 
+def test_the_cheaper_scheme_runs():
+    """Told by its bits: union tiles where neighbours agree, KV-outer where they share nothing."""
+    case = Case(num_keys=64 * 70, query_offset=64 * 69, density=1)
+    arrays = tuple(case.inputs())
+    apart = np.arange(64, dtype=np.int32)[None, None, :, None]
+    for block_ids, scheme in ((np.zeros_like(apart), "union"), (apart, "kv_outer")):
+        results = {
+            name: run(dataclasses.replace(case, scheme=name), *arrays, block_ids)
+            for name in SCHEMES
+        }
+        assert_close(results["union"], results["kv_outer"])
+        same = [
+            name for name in SCHEMES if (np.asarray(results[name][1] == results["auto"][1])).all()
+        ]
+        assert same == ["auto", scheme]
+
+
+@pytest.mark.parametrize("num_queries", [100, 256])
+def test_union_ratio_is_that_of_the_sampled_neighbours(num_queries):
+    """Four neighbours with two blocks each: 2 to 8 distinct ones. Of 256 queries 4 are sampled."""
+    rng = np.random.default_rng(0)
+    block_ids = np.sort(rng.integers(0, 9, (2, 2, num_queries, 3)), -1).astype(np.int32)
+    block_ids[..., 1:][block_ids[..., 1:] == block_ids[..., :-1]] = -1
+    runs = block_ids[:, :, : num_queries // 4 * 4].reshape(2, 2, -1, 4, 3)
+    runs = runs[:, :, 8::16] if num_queries == 256 else runs[:, :, 8:9]
+    distinct = [len(set(run.ravel()) - {-1}) for run in runs.reshape(-1, 12)]
+    blocks = (runs >= 0).sum(-1).mean()
+    ratio = mosaic_gpu.union_ratio(jnp.asarray(block_ids), 4)
+    np.testing.assert_allclose(ratio, np.mean(distinct) / blocks, rtol=1e-6)
+
+
+def test_without_any_block_there_is_no_overlap_to_divide_by():
+    assert mosaic_gpu.union_ratio(jnp.full((1, 1, 64, 2), -1), 4) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -287,6 +326,7 @@ def test_slot_weights_of_log_sum_exps_far_apart():
         (lambda: CombineConfig(num_consumers=3), "num_consumers=3 must be 1 or 2"),
         (lambda: CombineConfig(num_slots=0), "num_slots=0 must be at least 1"),
         (lambda: CombineConfig().fitted(512, 64), "no room for two tiles"),
+        (lambda: SparseAttentionConfig("auto_"), "choose one of auto, union, kv_outer"),
         (lambda: KVOuterConfig(queries_per_row=100), "must be a power of two from 64 on"),
         (lambda: KVOuterConfig(partial_bytes=0), "partial_bytes=0 must be positive"),
     ],
@@ -339,16 +379,38 @@ def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtyp
     + [(16, 128, 64, "float16")],
 )
 def test_combine_compiles_without_spills(per_group, head_dim, top_k, dtype):
-    tiles = 1, 4, 128, top_k
+    def merge(partial, places, weights, first_query):
+        o = jax.empty_ref(jax.ShapeDtypeStruct((2 * 8192, 4 * per_group, head_dim), dtype))
+        combine(partial, places, weights, o, first_query, config=CombineConfig())
+        return jax.freeze(o)
+
+    tiles = 2, 4, 128, top_k
     shapes = [
         ((4096, per_group, head_dim), dtype),
         ((*tiles, 64 // per_group), "int32"),
         ((*tiles, 64), "float32"),
+        ((), "int32"),
     ]
-    assert spill_bytes(functools.partial(combine, config=CombineConfig()), shapes) == 0
+    assert spill_bytes(merge, shapes) == 0
 
 
 def spill_bytes(fn, shapes):
     """Of the single kernel in `fn`."""
     (resources,) = compile_for_h100(fn, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     return resources.spill_bytes
+
+
+def test_both_schemes_of_a_default_call_compile_for_h100():
+    """64 query heads in 4 groups, 128 dims, 16 blocks of 128, four chunks of KV-outer's results."""
+    q, kv = (jax.ShapeDtypeStruct((1, 2**17, heads, 128), jnp.bfloat16) for heads in (64, 4))
+    ids = jax.ShapeDtypeStruct((1, 4, 2**17, 16), jnp.int32)
+    attend = functools.partial(
+        mosaic_gpu.sparse_attention,
+        segment_ids=None,
+        query_offset=0,
+        block_size=128,
+        scale=0.1,
+    )
+    kernels = compile_for_h100(lambda *arrays: attend(*arrays), q, kv, kv, ids)
+    assert len(kernels) == 3
+    assert not any(kernel.spill_bytes for kernel in kernels)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.tuning import length_bucket, read_table, trying, tuned, write_entry
+from pallas_kernels.tuning import read_table, shape_bucket, trying, tuned, write_entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,9 @@ def test_a_trial_goes_before_the_table_for_its_kernel_alone(table):
     write_entry("op.kernel", {"stages": 6}, **PLACE)
     with trying("op.kernel", {"stages": 3}) as trial:
         assert tuned("op.other", Tiles(), **PLACE) == Tiles()
-        assert not trial.asked
+        assert trial.bucket is None
         assert tuned("op.kernel", Tiles(), **PLACE) == Tiles(stages=3)
-        assert trial.asked
+        assert trial.bucket == "128K"
     assert tuned("op.kernel", Tiles(), **PLACE) == Tiles(stages=6)
 
 
@@ -86,8 +87,12 @@ def test_the_device_is_the_first_one_by_default(table):
     ("length", "bucket"),
     [(1, "1"), (512, "512"), (513, "1K"), (4097, "8K"), (8192, "8K"), (2**20, "1M")],
 )
-def test_buckets_are_powers_of_two(length, bucket):
-    assert length_bucket(length) == bucket
+def test_buckets_of_lengths_are_powers_of_two(length, bucket):
+    assert shape_bucket(length) == bucket
+
+
+def test_other_sizes_are_part_of_the_bucket():
+    assert shape_bucket(5000, D=128, Bk=64) == "8K D128 Bk64"
 
 
 def test_the_package_ships_a_table_of_the_documented_form():
@@ -96,5 +101,5 @@ def test_the_package_ships_a_table_of_the_documented_form():
         for dtypes in kinds.values():
             for buckets in dtypes.values():
                 for bucket, values in buckets.items():
-                    assert bucket[-1] in "KM0123456789"
+                    assert re.fullmatch(r"\d+[KM]?( [A-Z][a-z]*\d+)*", bucket)
                     assert values

@@ -133,10 +133,11 @@ def attend(*arrays, config, block_size=128, scale=0.1):
     return union(*arrays, block_size=block_size, scale=scale, config=config)
 
 
-@pytest.mark.parametrize("group", [1, 16, 64])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_for_h100_without_spills(group, head_dim):
-    shipped = functools.partial(attend, config=UnionConfig())
+@pytest.mark.parametrize("group", [1, 16, 32, 64])
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_compiles_for_h100_without_spills(group, head_dim, block_size):
+    config = UnionConfig.for_block(block_size, head_dim)
+    shipped = functools.partial(attend, config=config, block_size=block_size)
     (kernel,) = compile_for_h100(shipped, *arguments(group, head_dim))
     assert kernel.spill_bytes == 0
 
@@ -147,7 +148,7 @@ def test_compiles_for_h100_without_spills(group, head_dim):
         ({"dtype": "float32"}, "bfloat16 or float16 inputs"),
         ({"head_dim": 96}, "head_dim 64 or 128, not 96"),
         ({"group": 65}, "at most 64 query heads per KV head, not 65"),
-        ({"block_size": 96}, "block_size=96 to be a multiple of key_tile=64"),
+        ({"block_size": 96}, "block_size=96 to be a multiple of key_tile=128"),
         ({"scale": 0.0}, "a positive scale"),
         ({"config": UnionConfig(ring=12)}, "choose a smaller ring"),
     ],
