@@ -82,7 +82,7 @@ def swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.
     )
 
 
-def matmul(a, b, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+def matmul(a, b, shape: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """a @ b of operands in shared memory, awaited."""
 
     def multiply(accumulator):
@@ -102,7 +102,8 @@ def matmul_add(accumulator: jax.Array, a: jax.Array, b, staging, target: Target)
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(accumulator))
     staging[...] = a
     plgpu.commit_smem()
-    return accumulator + matmul(staging, b, accumulator.shape, accumulator.dtype)
+    rows, columns = accumulator.shape
+    return accumulator + matmul(staging, b, (rows, columns), accumulator.dtype)
 
 
 def full_rows(size: int, value: float, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
