@@ -83,31 +83,39 @@ def combine(
     partial: Float[Array, "places G D"],
     places: Int[Array, "B Hkv tiles K R"],
     weights: Float[Array, "B Hkv tiles K R*G"],
+    o: jax.Ref,
+    first_query: Int[Array, ""],
     *,
     config: CombineConfig,
-) -> Float[Array, "B tiles*R Hkv*G D"]:
-    """The weighted sum of every query's partial results.
+) -> None:
+    """Writes the weighted sum of every query's partial results into `o`.
 
     Args:
       partial: results by place; what has weight 0 may hold anything.
       places: of each query's slots, for tiles of R = 64 / G queries; any place where the weight
         is 0.
       weights: float32, per slot and (query, head).
+      o: [B * T, Hkv * G, D] in `partial`'s dtype, the batch rows one after the other, T at least
+        first_query + tiles * R; the sums are taken in float32. Rows of other queries stay as they
+        are, so that chunks of queries fill it without a copy.
+      first_query: of the tiles, within each batch row of `o`.
       config: the kernel's shape.
-
-    Returns:
-      The sums in float32, rounded to `partial`'s dtype.
     """
     target = current_target()
     batch, groups, num_tiles, top_k, per_tile = places.shape
     _, per_group, head_dim = partial.shape
     config = config.fitted(head_dim, top_k)
-    sizes = _Sizes(batch * groups * num_tiles, num_tiles, groups, top_k, per_tile, per_group)
-    o = plgpu.kernel(
+    sizes = _Sizes(
+        batch * groups * num_tiles,
+        num_tiles,
+        groups,
+        top_k,
+        per_tile,
+        per_group,
+        o.shape[0] // batch,
+    )
+    plgpu.kernel(
         functools.partial(_kernel, sizes, config),
-        out_type=jax.ShapeDtypeStruct(
-            (batch * num_tiles * per_tile, groups * per_group, head_dim), partial.dtype
-        ),
         scratch_types=_scratch(config, sizes, head_dim, partial.dtype),
         grid=(config.num_thread_blocks,),
         grid_names=("thread_block",),
@@ -119,12 +127,15 @@ def combine(
         partial,
         places.reshape(sizes.total, top_k * per_tile),
         weights.reshape(sizes.total, top_k, TILE_ROWS),
+        o,
+        first_query.reshape(1),
     )
-    return o.reshape(batch, num_tiles * per_tile, groups * per_group, head_dim)
 
 
 class _Sizes(NamedTuple):
-    """Tiles in all and per (batch row, group), groups, slots, queries per tile, heads per group."""
+    """Tiles in all and per (batch row, group), groups, slots, queries per tile, heads per group,
+    and queries of a batch row of the output.
+    """
 
     total: int
     num_tiles: int
@@ -132,6 +143,7 @@ class _Sizes(NamedTuple):
     top_k: int
     per_tile: int
     per_group: int
+    num_queries: int
 
 
 class _Scratch(NamedTuple):
@@ -153,6 +165,7 @@ class _ThreadBlock(NamedTuple):
     places: Any
     weights: Any
     o: Any
+    first_query: Any
     smem: _Scratch
     sizes: _Sizes
     config: CombineConfig
@@ -178,9 +191,9 @@ def _scratch(config: CombineConfig, sizes: _Sizes, head_dim: int, dtype) -> tupl
     )
 
 
-def _kernel(sizes: _Sizes, config: CombineConfig, partial, places, weights, o, *scratch):
+def _kernel(sizes: _Sizes, config: CombineConfig, partial, places, weights, o, first, *scratch):
     """Runs a consumer in each warpgroup but the last, which is the producer."""
-    block = _ThreadBlock(partial, places, weights, o, _Scratch(*scratch), sizes, config)
+    block = _ThreadBlock(partial, places, weights, o, first, _Scratch(*scratch), sizes, config)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < config.num_consumers)
@@ -328,7 +341,7 @@ def _store(block: _ThreadBlock, consumer, tile, total):
     plgpu.commit_smem()
     row, column = lax.div(tile, sizes.num_tiles), lax.rem(tile, sizes.num_tiles)
     batch_row, group = lax.div(row, sizes.groups), lax.rem(row, sizes.groups)
-    first_query = (batch_row * sizes.num_tiles + column) * sizes.per_tile
+    first_query = batch_row * sizes.num_queries + block.first_query[0] + column * sizes.per_tile
     heads = pl.ds(group * sizes.per_group, sizes.per_group)
     for i in range(sizes.per_tile):
         rows = pl.ds(i * sizes.per_group, sizes.per_group)

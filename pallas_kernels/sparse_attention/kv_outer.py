@@ -86,6 +86,10 @@ def kv_outer(
     flat_q, flat_k, flat_v = (array.reshape(-1, *array.shape[2:]) for array in (q, k, v))
     first_slots = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
     first_queries = jnp.arange(batch, dtype=jnp.int32) * num_queries
+    # Each chunk writes its part of the output: stacking them would copy all of it.
+    o = jax.empty_ref(
+        jax.ShapeDtypeStruct((batch * num_chunks * chunk, *flat_q.shape[1:]), q.dtype)
+    )
 
     def attend(start):
         index = reverse_index(
@@ -108,17 +112,19 @@ def kv_outer(
             config=attention,
         )
         places, weights, lse = slot_weights(index.places, partial_lse)
-        return combine(partial, places, weights, config=config.combine), lse
+        combine(partial, places, weights, o, start, config=config.combine)
+        return lse
 
     if num_chunks == 1:
-        o, lse = attend(jnp.int32(0))
+        lse = attend(jnp.int32(0))
     else:
-        o, lse = jax.lax.map(attend, jnp.arange(num_chunks, dtype=jnp.int32) * chunk)
-        o, lse = _joined(o, 1), _joined(lse, 3)
+        lse = jax.lax.map(attend, jnp.arange(num_chunks, dtype=jnp.int32) * chunk)
+        lse = jnp.moveaxis(lse, 0, 3).reshape(batch, groups, per_group, -1)
     heads = num_heads // groups
-    o = o[:, :num_queries].reshape(batch, num_queries, groups, per_group, head_dim)[:, :, :, :heads]
+    whole = jax.freeze(o).reshape(batch, -1, groups, per_group, head_dim)
+    whole = whole[:, :num_queries, :, :heads]
     lse = lse[:, :, :heads, :num_queries]
-    return o.reshape(batch, num_queries, num_heads, head_dim), lse.reshape(batch, num_heads, -1)
+    return whole.reshape(batch, num_queries, num_heads, head_dim), lse.reshape(batch, num_heads, -1)
 
 
 def slot_weights(
@@ -178,9 +184,3 @@ def _chunk_length(num_queries: int, row: int, at_most: int) -> int:
     most = max(1, at_most // row) * row
     num_chunks = -(-num_queries // most)
     return -(-num_queries // (num_chunks * row)) * row
-
-
-def _joined(chunks: Float[Array, "chunks ..."], axis: int) -> Float[Array, "..."]:
-    """Chunks of queries as one array with all of them on `axis`."""
-    whole = jnp.moveaxis(chunks, 0, axis)
-    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])

@@ -153,7 +153,16 @@ CASES = {
     "documents with padding behind them": Case(
         num_keys=256, query_offset=70, documents=((0, 64), (64, 90), (128, 250)), top_k=4
     ),
-    "two chunks": Case(2, num_queries=100, num_keys=128, query_offset=28, top_k=3, config=CHUNKS),
+    "two chunks of two batch rows": Case(
+        2,
+        batch=2,
+        num_queries=100,
+        num_keys=128,
+        query_offset=28,
+        top_k=3,
+        density=0.25,
+        config=CHUNKS,
+    ),
 }
 
 
