@@ -1,0 +1,160 @@
+"""Checks one call of `sparse_attention`: against float64, for what is not written, and twice."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from experiments.benchmarking import checks
+from experiments.benchmarking.inputs import MainInputs, main_inputs
+from experiments.checking import oracle, selections
+from experiments.checking.cases import LSE_ERROR, OUTPUT_ERRORS, AttentionCase, Place, SelectionCase
+from experiments.checking.judgement import Figure
+from experiments.checking.poison import poisoned
+from pallas_kernels import BlockSelection, sparse_attention
+from pallas_kernels.sparse_attention import mosaic_gpu
+from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig
+
+
+def check(case: AttentionCase, implementation: str) -> dict[str, Figure]:
+    """Figures of one case.
+
+    Args:
+      case: what is called.
+      implementation: "mosaic_gpu", or another that has no schemes.
+    """
+    shape, place = case.shape, case.place
+    queries = sample(case)
+    block_ids = selections.select(case.selection, shape, place, implementation)
+    q, k, v = arrays = _inputs(case)
+    segments, offset = selections.segment_ids(shape, place), offset_array(place)
+    run = poisoned(_program(case, implementation), *arrays, block_ids, segments, offset)
+
+    o, lse = run()
+    hashes = [digest(o, lse)]
+    figures = _unwritten(o, lse, block_ids, case)
+    sampled = np.asarray(o[:, queries.rows].astype(jnp.float32))
+    sampled_lse = np.asarray(lse[:, :, queries.rows]).swapaxes(1, 2)
+    o = lse = None
+    hashes.append(digest(*run()))
+    figures["runs_that_differ"] = Figure(float(hashes[0] != hashes[1]), 0)
+
+    expected = oracle.attention(q, k, v, block_ids, queries, shape.block_size)
+    return _errors(sampled, sampled_lse, *expected, case.dtype) | figures
+
+
+def sample(case: AttentionCase | SelectionCase) -> oracle.Queries:
+    """All queries of a case, or as many as its shape says."""
+    count = case.place.num_queries or case.shape.length
+    rows = np.arange(count)
+    if case.shape.sampled_rows:
+        rows = checks.sample_rows(case.shape)
+    slots = np.asarray(selections.query_slots(case.shape, case.place))[:, rows]
+    first = selections.first_blocks(case.shape, case.place, slots)
+    segments = selections.segment_ids(case.shape, case.place)
+    return oracle.Queries(rows, slots, first, None if segments is None else np.asarray(segments))
+
+
+def offset_array(place: Place) -> Array | None:
+    """The offset of a call's queries where it is an array; a number is part of the program."""
+    offset = selections.query_offset(place)
+    return None if isinstance(offset, int) else offset
+
+
+def digest(o: Array, lse: Array) -> tuple[int, int]:
+    """A hash of every bit of both."""
+    return int(checks.digest(o)), int(checks.digest(lse[..., None]))
+
+
+def _inputs(case: AttentionCase) -> MainInputs:
+    q, k, v = main_inputs(case.shape, case.dtype)
+    if case.place.num_queries:
+        slots = selections.query_slots(case.shape, case.place)
+        q = jnp.take_along_axis(q, slots[:, :, None, None], axis=1)
+    return MainInputs(q, k, v)
+
+
+def _program(case: AttentionCase, implementation: str):
+    """The jitted call; the same one for cases that differ in their arrays alone."""
+    shape = dataclasses.replace(case.shape, seed=0)
+    return _jitted(dataclasses.replace(case, selection="", shape=shape), implementation)
+
+
+@functools.cache
+def _jitted(case: AttentionCase, implementation: str):
+    block_size, place = case.shape.block_size, case.place
+
+    def call(q, k, v, block_ids, segment_ids, offset):
+        first = selections.query_offset(place) if offset is None else offset
+        if implementation != "mosaic_gpu" or case.scheme == "auto":
+            selection = BlockSelection(block_ids, block_size)
+            return sparse_attention(
+                q,
+                k,
+                v,
+                selection,
+                segment_ids=segment_ids,
+                query_offset=first,
+                implementation=implementation,
+            )
+        outer = KVOuterConfig(partial_bytes=1, queries_per_row=256) if case.chunked else None
+        return mosaic_gpu.sparse_attention(
+            q,
+            k,
+            v,
+            block_ids,
+            segment_ids,
+            first,
+            block_size=block_size,
+            scale=q.shape[-1] ** -0.5,
+            config=mosaic_gpu.SparseAttentionConfig(scheme=case.scheme, kv_outer=outer),
+        )
+
+    return jax.jit(call)
+
+
+def _unwritten(o: Array, lse: Array, block_ids: Array, case: AttentionCase) -> dict[str, Figure]:
+    """Counts of elements of all queries that are not finite, or not empty where they must be."""
+    shape, place = case.shape, case.place
+    slots = selections.query_slots(shape, place)
+    segments = selections.segment_ids(shape, place)
+    bad_o, bad_lse = _count_unwritten(o, lse, block_ids, slots, segments, shape.block_size)
+    return {
+        "unwritten_outputs": Figure(float(bad_o), 0),
+        "unwritten_log_sums": Figure(float(bad_lse), 0),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(5,))
+def _count_unwritten(o, lse, block_ids, slots, segment_ids, block_size):
+    own = (slots // block_size)[:, None, :, None]
+    seen = (block_ids >= 0) & (block_ids <= own)
+    if segment_ids is not None:
+        blocks = segment_ids[:, ::block_size]
+        ids = jnp.clip(block_ids, 0, blocks.shape[1] - 1)
+        row = jnp.arange(len(slots))[:, None, None, None]
+        document = jnp.take_along_axis(segment_ids, slots, axis=1)[:, None, :, None]
+        seen &= (blocks[row, ids] == document) & (document > 0)
+    group = o.shape[2] // block_ids.shape[1]
+    seen = jnp.repeat(seen.any(-1), group, axis=1)  # [B, Hq, T]
+    seen_o = seen.swapaxes(1, 2)[..., None]
+    bad_o = jnp.where(seen_o, ~jnp.isfinite(o), o != 0).sum(dtype=jnp.uint32)
+    bad_lse = jnp.where(seen, ~jnp.isfinite(lse), lse != -jnp.inf).sum(dtype=jnp.uint32)
+    return bad_o, bad_lse
+
+
+def _errors(o, lse, exact_o, exact_lse, dtype: str) -> dict[str, Figure]:
+    """Errors over the sampled queries that see something."""
+    seen = np.isfinite(exact_lse).any(-1)
+    overall, worst = OUTPUT_ERRORS[dtype]
+    finite = np.isfinite(exact_lse)
+    return {
+        "error": Figure(checks.overall_error(o, exact_o), overall),
+        "worst_row": Figure(checks.worst_row_error(o[seen], exact_o[seen]), worst),
+        "max_error": Figure(float(np.abs(o - exact_o).max())),
+        "lse_error": Figure(float(np.abs(lse[finite] - exact_lse[finite]).max()), LSE_ERROR),
+        "empty_log_sums": Figure(float((finite != np.isfinite(lse)).sum()), 0),
+    }

@@ -1,0 +1,260 @@
+"""What is checked: groups of cases, each group a process of its own on the GPU."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.benchmarking.cases import Case as Shape
+
+# Stands before each record that a group prints.
+MARK = "check-record "
+
+SCHEMES = ("auto", "union", "kv_outer")
+# Of the main branch: ||o - exact|| / ||exact||, over all sampled rows and of the worst one.
+OUTPUT_ERRORS = {"bfloat16": (4e-3, 1e-2), "float16": (5e-4, 2e-3)}
+LSE_ERROR = 1e-4
+# Of a selected block's score below the exact choice, relative to the row's largest score.
+SCORE_GAP = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where queries sit among the keys.
+
+    Attributes:
+      num_queries: T, 0 for as many as there are keys.
+      query_offset: the key slot of the first query; several are one per row, an array to the op.
+      packed: whether rows hold several documents, and padding.
+    """
+
+    num_queries: int = 0
+    query_offset: int | tuple[int, ...] = 0
+    packed: bool = False
+
+
+WHOLE = Place()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """One call of `sparse_attention`.
+
+    Attributes:
+      shape: arrays and seed; `sampled_rows` of the queries are compared, 0 for all.
+      selection: which blocks queries select, see `selections.SELECTIONS`.
+      scheme: of the kernels.
+      dtype: "bfloat16" or "float16".
+      place: of the queries.
+      chunked: whether KV-outer must go through its queries in several chunks.
+    """
+
+    shape: Shape
+    selection: str
+    scheme: str
+    dtype: str = "bfloat16"
+    place: Place = WHOLE
+    chunked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionCase:
+    """One call of `select_blocks`.
+
+    Attributes:
+      shape: arrays, options and seed; `sampled_rows` of the queries are compared, 0 for all.
+      inputs: "integers", whose scores are exact and often equal, or a kind of benchmark input.
+      precision: of the index.
+      dtype: "bfloat16" or "float16".
+      local_blocks: forced.
+      sink_blocks: forced.
+      place: of the queries.
+      cut_up: whether queries go in several chunks and the top-k in two levels.
+    """
+
+    shape: Shape
+    inputs: str = "integers"
+    precision: str = "native"
+    dtype: str = "bfloat16"
+    local_blocks: int = 1
+    sink_blocks: int = 0
+    place: Place = WHOLE
+    cut_up: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionCase:
+    """What the 8-bit index costs: selection and output against the native index's.
+
+    Attributes:
+      shape: arrays and seed.
+      inputs: kind of benchmark index inputs.
+    """
+
+    shape: Shape
+    inputs: str
+
+
+type Check = AttentionCase | SelectionCase | PrecisionCase
+
+
+def label(case: Check) -> str:
+    """What a case is called: its kind and whatever differs from the defaults."""
+    kind = type(case).__name__.removesuffix("Case").lower()
+    words = [kind, f"{case.shape.length} tokens"]
+    sizes = {"num_heads": 64, "num_kv_heads": 4, "head_dim": 128, "index_dim": 128}
+    sizes |= {"block_size": 128, "top_k": 16, "batch": 1, "seed": 0}
+    for name, usual in sizes.items():
+        if (value := getattr(case.shape, name)) != usual:
+            words.append(f"{name} {value}")
+    for field in dataclasses.fields(case):
+        value = getattr(case, field.name)
+        if isinstance(value, str) and value != "bfloat16":
+            words.append(value)
+        elif isinstance(value, bool) and value:
+            words.append(field.name.replace("_", " "))
+        elif isinstance(value, int) and value != field.default:
+            words.append(f"{field.name.replace('_', ' ')} {value}")
+    place = getattr(case, "place", WHOLE)
+    if place != WHOLE:
+        words.append("packed" if place.packed else "")
+        words.append(f"offset {place.query_offset}" if place.query_offset else "")
+        words.append(f"{place.num_queries} queries" if place.num_queries else "")
+    return ", ".join(word for word in words if word)
+
+
+def shape(length: int, **fields: Any) -> Shape:
+    """A shape whose rows are all compared, unless `sampled_rows` says how many."""
+    sizes: dict[str, Any] = {"sampled_rows": 0} | fields
+    return Shape("msa", length, **sizes)
+
+
+def groups(*, quick: bool, million: bool) -> dict[str, list[Check]]:
+    """The cases of a run by group.
+
+    Args:
+      quick: 2K tokens alone.
+      million: 1M tokens too.
+    """
+    found: dict[str, list[Check]] = {}
+    if not quick:  # the longest first
+        found["attention, long"] = list(_long_attention())
+        found["attention at 128K"] = list(_attention(2**17, 128, ("learned", "random"), (0,)))
+        for scheme in SCHEMES:
+            found[f"shapes, {scheme}"] = list(_shapes(scheme))
+        found["selection, long"] = list(_long_selection())
+        for scheme in SCHEMES:
+            found[f"places, {scheme}"] = list(_places(scheme))
+        found["8-bit index"] = [
+            PrecisionCase(shape(length), inputs)
+            for length, inputs in itertools.product((2**15, 2**17), ("random", "correlated"))
+        ]
+    found["selection at 2K"] = list(_selection_at_2k())
+    for scheme in SCHEMES:
+        found[f"attention at 2K, {scheme}"] = list(_attention_at_2k(scheme))
+    if million:
+        found["selection at 1M"] = list(_selection_at_1m())
+        found["attention at 1M"] = list(_attention(2**20, 64, ("learned",), (0,)))
+    return found
+
+
+def _attention_at_2k(scheme: str) -> Iterator[Check]:
+    """Every selection, and every seed, of one compiled program."""
+    for selection in ("one_block", "no_overlap", "strewn", "masked"):
+        yield AttentionCase(shape(2048), selection, scheme)
+    for selection, seed in itertools.product(("learned", "random"), range(3)):
+        yield AttentionCase(shape(2048, seed=seed), selection, scheme)
+
+
+def _shapes(scheme: str) -> Iterator[Check]:
+    """Group sizes 1 to 64, both head dims and block sizes, 1 to 64 blocks, both dtypes."""
+    for heads, kv_heads, head_dim, block_size, top_k, dtype in (
+        (4, 4, 128, 128, 16, "bfloat16"),
+        (2, 2, 64, 64, 1, "bfloat16"),
+        (8, 2, 64, 64, 4, "bfloat16"),
+        (8, 2, 128, 128, 64, "float16"),
+        (16, 2, 128, 64, 16, "bfloat16"),
+        (24, 2, 64, 128, 16, "float16"),
+        (32, 2, 64, 128, 1, "bfloat16"),
+        (32, 2, 128, 128, 16, "float16"),
+        (64, 1, 128, 128, 64, "bfloat16"),
+        (128, 2, 64, 64, 4, "bfloat16"),
+    ):
+        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+        sizes |= {"block_size": block_size, "top_k": top_k}
+        yield AttentionCase(shape(1500, **sizes), "random", scheme, dtype)
+
+
+def _places(scheme: str) -> Iterator[Check]:
+    """Ragged lengths, offsets, packed documents with padding, chunks."""
+    small = {"num_heads": 32, "num_kv_heads": 2}
+    places = {
+        1999: WHOLE,
+        2100: Place(777, 1200),
+        2048: Place(600, (1200, 1448)),
+    }
+    for length, place in places.items():
+        batch = len(place.query_offset) if isinstance(place.query_offset, tuple) else 1
+        sizes = small | {"batch": batch}
+        yield AttentionCase(shape(length, **sizes), "strewn", scheme, place=place)
+    packed = small | {"batch": 2, "block_size": 64}
+    for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
+        for selection in ("learned", "random"):
+            yield AttentionCase(shape(2048, **packed), selection, scheme, place=place)
+    if scheme == "kv_outer":
+        yield AttentionCase(shape(2048, **small), "random", scheme, chunked=True)
+
+
+def _attention(
+    length: int, rows: int, selections: tuple[str, ...], seeds: tuple[int, ...]
+) -> Iterator[Check]:
+    for selection, seed, scheme in itertools.product(selections, seeds, SCHEMES):
+        yield AttentionCase(shape(length, sampled_rows=rows, seed=seed), selection, scheme)
+
+
+def _long_attention() -> Iterator[Check]:
+    kinds = ("learned", "random", "one_block", "no_overlap")
+    yield from _attention(2**13, 512, kinds, (0, 1))
+    yield from _attention(2**15, 512, kinds, (0,))
+    yield from _attention(2**15, 512, ("learned",), (1,))
+
+
+def _selection_at_2k() -> Iterator[Check]:
+    """Scores that are exact, so that the ids must be; then random ones."""
+    few = {"num_heads": 32, "num_kv_heads": 2}
+    packed = few | {"batch": 2}
+    yield SelectionCase(shape(2048))
+    yield SelectionCase(shape(2048), cut_up=True)
+    yield SelectionCase(shape(2048, **few, block_size=64, index_dim=64), dtype="float16")
+    yield SelectionCase(shape(2048, **few, block_size=64), local_blocks=3, sink_blocks=2)
+    yield SelectionCase(shape(1999, **few))
+    yield SelectionCase(shape(2100, **few), place=Place(777, 1200))
+    yield SelectionCase(shape(2048, **packed), sink_blocks=1, place=Place(packed=True))
+    place = Place(900, (300, 1148), packed=True)
+    yield SelectionCase(shape(2048, **packed), local_blocks=2, place=place, cut_up=True)
+    for top_k in (1, 4):
+        yield SelectionCase(shape(2048, **few, top_k=top_k))
+    for seed in range(3):
+        yield SelectionCase(shape(2048, seed=seed), "random")
+    yield SelectionCase(shape(2048), "random", "int8")
+    yield SelectionCase(shape(2048, **few, block_size=64, index_dim=64), "random", "int8")
+    yield SelectionCase(shape(2048, **packed), "random", "int8", place=Place(packed=True))
+
+
+def _long_selection() -> Iterator[Check]:
+    for length, rows in ((2**13, 512), (2**15, 512), (2**17, 128)):
+        sampled = shape(length, sampled_rows=rows)
+        yield SelectionCase(sampled)
+        yield SelectionCase(sampled, "random")
+        yield SelectionCase(sampled, "correlated")
+        yield SelectionCase(sampled, "random", "int8")
+    yield SelectionCase(shape(2**13, sampled_rows=512, seed=1), "random", cut_up=True)
+    yield SelectionCase(shape(2**13, sampled_rows=512, top_k=64))
+    yield SelectionCase(shape(2**13, sampled_rows=512, top_k=64), cut_up=True)
+    many = {"top_k": 64, "block_size": 64, "index_dim": 64}
+    yield SelectionCase(shape(2**15, sampled_rows=512, **many), sink_blocks=1)
+
+
+def _selection_at_1m() -> Iterator[Check]:
+    for precision in ("native", "int8"):
+        yield SelectionCase(shape(2**20, sampled_rows=64), "random", precision)
