@@ -1,12 +1,14 @@
-"""Merges the partial results of KV-outer attention on Hopper: o = sum over slots of w * partial.
+"""Merges the partial results of KV-outer attention on Hopper.
 
-Bound by the bandwidth that reads the partial results once: the producer warpgroup gathers them,
-one copy per query and slot, into a ring per consumer; a consumer adds up a tile of 64 rows
-(query, head) in registers.
+A slot's weight is exp(its log-sum-exp - that of all slots); the output is the weighted sum. Bound
+by the bandwidth that reads the partial results once: the producer warpgroup gathers them, one copy
+per query and slot, into a ring per consumer; a consumer adds up a tile of 64 rows (query, head) in
+registers.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -62,19 +64,19 @@ class CombineConfig:
         return min(232, share // 8 * 8)
 
     def fitted(self, head_dim: int, top_k: int) -> "CombineConfig":
-        """This shape with as many slots as shared memory has room for beside the weights.
+        """This shape with as many slots as shared memory has room for beside the log-sum-exps.
 
         Raises:
           ValueError: not even two fit.
         """
         tile = TILE_ROWS * head_dim * 2
-        weights = -(-2 * top_k * TILE_ROWS * 4 // 1024) * 1024
-        room = (SHARED_MEMORY_BYTES - 1024) // self.num_consumers - tile - weights
+        rows = -(-(2 * top_k + 1) * TILE_ROWS * 4 // 1024) * 1024
+        room = (SHARED_MEMORY_BYTES - 1024) // self.num_consumers - tile - rows
         slots = min(self.num_slots, room // tile)
         if slots < 2:
             raise ValueError(
                 f"num_consumers={self.num_consumers} leaves no room for two tiles of head_dim="
-                f"{head_dim} beside the weights of top_k={top_k}; lower num_consumers"
+                f"{head_dim} beside the log-sum-exps of top_k={top_k}; lower num_consumers"
             )
         return dataclasses.replace(self, num_slots=slots)
 
@@ -82,19 +84,19 @@ class CombineConfig:
 def combine(
     partial: Float[Array, "places G D"],
     places: Int[Array, "B Hkv tiles K R"],
-    weights: Float[Array, "B Hkv tiles K R*G"],
+    partial_lse: Float[Array, "B Hkv tiles K R*G"],
     o: jax.Ref,
     first_query: Int[Array, ""],
     *,
     config: CombineConfig,
-) -> None:
-    """Writes the weighted sum of every query's partial results into `o`.
+) -> Float[Array, "B Hkv tiles R*G"]:
+    """Writes every query's merged results into `o` and returns its natural log-sum-exp.
 
     Args:
-      partial: results by place; what has weight 0 may hold anything.
-      places: of each query's slots, for tiles of R = 64 / G queries; any place where the weight
-        is 0.
-      weights: float32, per slot and (query, head).
+      partial: results by place; what no slot refers to may hold anything.
+      places: of each query's slots, for tiles of R = 64 / G queries; any place where the slot's
+        log-sum-exp is -inf.
+      partial_lse: float32, base 2, per slot and (query, head).
       o: [B * T, Hkv * G, D] in `partial`'s dtype, the batch rows one after the other, T at least
         first_query + tiles * R; the sums are taken in float32. Rows of other queries stay as they
         are, so that chunks of queries fill it without a copy.
@@ -114,8 +116,9 @@ def combine(
         per_group,
         o.shape[0] // batch,
     )
-    plgpu.kernel(
+    lse = plgpu.kernel(
         functools.partial(_kernel, sizes, config),
+        out_type=jax.ShapeDtypeStruct((sizes.total, TILE_ROWS), jnp.float32),
         scratch_types=_scratch(config, sizes, head_dim, partial.dtype),
         grid=(config.num_thread_blocks,),
         grid_names=("thread_block",),
@@ -126,10 +129,11 @@ def combine(
     )(
         partial,
         places.reshape(sizes.total, top_k * per_tile),
-        weights.reshape(sizes.total, top_k, TILE_ROWS),
+        partial_lse.reshape(sizes.total, top_k, TILE_ROWS),
         o,
         first_query.reshape(1),
     )
+    return lse.reshape(batch, groups, num_tiles, TILE_ROWS)
 
 
 class _Sizes(NamedTuple):
@@ -150,12 +154,13 @@ class _Scratch(NamedTuple):
     """Shared memory and barriers of a thread block."""
 
     partial: Any
-    weights: Any
+    partial_lse: Any
     o: Any
+    lse: Any
     partial_full: Any
     partial_empty: Any
-    weights_full: Any
-    weights_empty: Any
+    lse_full: Any
+    lse_empty: Any
 
 
 class _ThreadBlock(NamedTuple):
@@ -163,9 +168,10 @@ class _ThreadBlock(NamedTuple):
 
     partial: Any
     places: Any
-    weights: Any
+    partial_lse: Any
     o: Any
     first_query: Any
+    lse: Any
     smem: _Scratch
     sizes: _Sizes
     config: CombineConfig
@@ -179,21 +185,33 @@ def _scratch(config: CombineConfig, sizes: _Sizes, head_dim: int, dtype) -> tupl
             partial=plgpu.SMEM(
                 (consumers, slots, TILE_ROWS, head_dim), dtype, transforms=transforms
             ),
-            weights=plgpu.SMEM((consumers, 2, sizes.top_k, TILE_ROWS), jnp.float32),
+            partial_lse=plgpu.SMEM((consumers, 2, sizes.top_k, TILE_ROWS), jnp.float32),
             o=plgpu.SMEM((consumers, TILE_ROWS, head_dim), dtype, transforms=transforms),
+            lse=plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
             partial_full=plgpu.Barrier(
                 num_arrivals=sizes.per_tile, num_barriers=(consumers, slots)
             ),
             partial_empty=plgpu.Barrier(num_barriers=(consumers, slots)),
-            weights_full=plgpu.Barrier(num_barriers=(consumers, 2)),
-            weights_empty=plgpu.Barrier(num_barriers=(consumers, 2)),
+            lse_full=plgpu.Barrier(num_barriers=(consumers, 2)),
+            lse_empty=plgpu.Barrier(num_barriers=(consumers, 2)),
         )
     )
 
 
-def _kernel(sizes: _Sizes, config: CombineConfig, partial, places, weights, o, first, *scratch):
+def _kernel(
+    sizes: _Sizes,
+    config: CombineConfig,
+    partial,
+    places,
+    partial_lse,
+    o,
+    first_query,
+    lse,
+    *scratch,
+):
     """Runs a consumer in each warpgroup but the last, which is the producer."""
-    block = _ThreadBlock(partial, places, weights, o, first, _Scratch(*scratch), sizes, config)
+    smem = _Scratch(*scratch)
+    block = _ThreadBlock(partial, places, partial_lse, o, first_query, lse, smem, sizes, config)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < config.num_consumers)
@@ -226,17 +244,17 @@ def _produce(block: _ThreadBlock):
     consumers = range(config.num_consumers)
     num_turns = [_num_turns(block, consumer) for consumer in consumers]
 
-    def copy_weights(turn, consumer, tile):
+    def copy_partial_lse(turn, consumer, tile):
         stage = lax.rem(turn, 2)
 
         @pl.when(turn >= 2)
         def _():
-            plgpu.barrier_wait(smem.weights_empty.at[consumer, stage])
+            plgpu.barrier_wait(smem.lse_empty.at[consumer, stage])
 
         plgpu.copy_gmem_to_smem(
-            block.weights.at[tile],
-            smem.weights.at[consumer, stage],
-            smem.weights_full.at[consumer, stage],
+            block.partial_lse.at[tile],
+            smem.partial_lse.at[consumer, stage],
+            smem.lse_full.at[consumer, stage],
         )
 
     # Read ahead by few scalars, for the producer has few registers.
@@ -271,7 +289,7 @@ def _produce(block: _ThreadBlock):
         ]
         for consumer in consumers:
             pl.when(turn < num_turns[consumer])(
-                functools.partial(copy_weights, turn, consumer, tiles[consumer])
+                functools.partial(copy_partial_lse, turn, consumer, tiles[consumer])
             )
 
         def step(i, places):
@@ -299,7 +317,7 @@ def _await_releases(block: _ThreadBlock, consumer, num_turns):
 
     @pl.loop(jnp.maximum(num_turns - 2, 0), num_turns)
     def _(turn):
-        plgpu.barrier_wait(smem.weights_empty.at[consumer, lax.rem(turn, 2)])
+        plgpu.barrier_wait(smem.lse_empty.at[consumer, lax.rem(turn, 2)])
 
 
 def _consume(block: _ThreadBlock, consumer):
@@ -310,11 +328,14 @@ def _consume(block: _ThreadBlock, consumer):
     @pl.loop(0, _num_turns(block, consumer))
     def _(turn):
         stage = lax.rem(turn, 2)
-        plgpu.barrier_wait(smem.weights_full.at[consumer, stage])
+        plgpu.barrier_wait(smem.lse_full.at[consumer, stage])
+        slots = smem.partial_lse.at[consumer, stage]
+        lse = _log_sum_exp(slots, sizes.top_k)
+        shift = jnp.where(lse == -jnp.inf, 0.0, lse)
 
         def add(k, total):
             slot = lax.rem(turn * sizes.top_k + k, config.num_slots)
-            weights = plgpu.load(smem.weights.at[consumer, stage, k], layout=ROWS)
+            weights = jnp.exp2(plgpu.load(slots.at[k], layout=ROWS) - shift)
             weights = by_rows(weights, shape)
             plgpu.barrier_wait(smem.partial_full.at[consumer, slot])
             partial = plgpu.load(smem.partial.at[consumer, slot], layout=MATRIX)
@@ -327,17 +348,32 @@ def _consume(block: _ThreadBlock, consumer):
 
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
         total = lax.fori_loop(0, sizes.top_k, add, zeros)
-        plgpu.barrier_arrive(smem.weights_empty.at[consumer, stage])
-        _store(block, consumer, _tile(block, consumer, turn), total)
+        plgpu.barrier_arrive(smem.lse_empty.at[consumer, stage])
+        _store(block, consumer, _tile(block, consumer, turn), total, lse * math.log(2))
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(block: _ThreadBlock, consumer, tile, total):
-    """Writes a tile's rows to their queries and heads."""
+def _log_sum_exp(slots, top_k: int) -> jax.Array:
+    """Over the slots, base 2: of [top_k, rows] in shared memory; -inf where all of them are."""
+
+    def row(k):
+        return plgpu.load(slots.at[k], layout=ROWS)
+
+    peak = lax.fori_loop(1, top_k, lambda k, peak: jnp.maximum(peak, row(k)), row(0))
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    total = lax.fori_loop(
+        1, top_k, lambda k, total: total + jnp.exp2(row(k) - peak), jnp.exp2(row(0) - peak)
+    )
+    return peak + jnp.log2(total)
+
+
+def _store(block: _ThreadBlock, consumer, tile, total, lse):
+    """Writes a tile's rows to their queries and heads, and their log-sum-exp."""
     smem, sizes = block.smem, block.sizes
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem.o[consumer] = total.astype(smem.o.dtype)
+    smem.lse[consumer] = lse
     plgpu.commit_smem()
     row, column = lax.div(tile, sizes.num_tiles), lax.rem(tile, sizes.num_tiles)
     batch_row, group = lax.div(row, sizes.groups), lax.rem(row, sizes.groups)
@@ -348,4 +384,5 @@ def _store(block: _ThreadBlock, consumer, tile, total):
         plgpu.copy_smem_to_gmem(
             smem.o.at[consumer, rows], block.o.at[first_query + i, heads], commit_group=False
         )
+    plgpu.copy_smem_to_gmem(smem.lse.at[consumer], block.lse.at[tile], commit_group=False)
     plgpu.commit_smem_to_gmem_group()

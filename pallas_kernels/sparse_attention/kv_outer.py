@@ -6,7 +6,6 @@ the room that they take.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +110,9 @@ def kv_outer(
             scale=scale,
             config=attention,
         )
-        places, weights, lse = slot_weights(index.places, partial_lse)
-        combine(partial, places, weights, o, start, config=config.combine)
-        return lse
+        places, slot_lse = by_tiles(index.places, partial_lse)
+        lse = combine(partial, places, slot_lse, o, start, config=config.combine)
+        return lse.reshape(batch, groups, chunk, per_group).swapaxes(2, 3)
 
     if num_chunks == 1:
         lse = attend(jnp.int32(0))
@@ -127,36 +126,22 @@ def kv_outer(
     return whole.reshape(batch, num_queries, num_heads, head_dim), lse.reshape(batch, num_heads, -1)
 
 
-def slot_weights(
+def by_tiles(
     places: Int[Array, "B Hkv T K"], partial_lse: Float[Array, "places G"]
-) -> tuple[
-    Int[Array, "B Hkv tiles K R"], Float[Array, "B Hkv tiles K R*G"], Float[Array, "B Hkv G T"]
-]:
-    """How much of each query's result comes from each of its slots.
+) -> tuple[Int[Array, "B Hkv tiles K R"], Float[Array, "B Hkv tiles K R*G"]]:
+    """Places (0 for nobody) and log-sum-exp (-inf for nobody) in the order of combined tiles.
 
     Args:
-      places: of the slots, -1 for nobody.
-      partial_lse: base-2 log-sum-exp by place; what no slot refers to may be anything.
-
-    Returns:
-      The places in the order of the combine kernel's tiles (0 for nobody), the weights exp2(slot's
-      log-sum-exp - total), 0 for nobody, and the total as natural log-sum-exp.
+      places: of each query's slots, -1 for nobody.
+      partial_lse: log-sum-exp by place; what no slot refers to may be anything.
     """
     batch, groups, num_queries, top_k = places.shape
-    per_group = partial_lse.shape[1]
-    per_tile = TILE_ROWS // per_group
+    per_tile = TILE_ROWS // partial_lse.shape[1]
     tiles = places.reshape(batch, groups, num_queries // per_tile, per_tile, top_k).swapaxes(3, 4)
-    picked = (tiles >= 0)[..., None]
-    tiles = jnp.maximum(tiles, 0)
-    slots = partial_lse.at[tiles].get(mode="promise_in_bounds")
-    slots = jnp.where(picked, slots, -jnp.inf)
-    peak = slots.max(3, keepdims=True)
-    peak = jnp.where(peak == -jnp.inf, 0, peak)
-    total = peak + jnp.log2(jnp.exp2(slots - peak).sum(3, keepdims=True))
-    weights = jnp.exp2(slots - jnp.where(total == -jnp.inf, 0, total))
-    weights = jnp.where(picked, weights, 0)
-    lse = (total * math.log(2)).reshape(batch, groups, num_queries, per_group)
-    return tiles, weights.reshape(*tiles.shape[:4], TILE_ROWS), lse.swapaxes(2, 3)
+    at = jnp.maximum(tiles, 0)
+    lse = partial_lse.at[at].get(mode="promise_in_bounds")
+    lse = jnp.where((tiles >= 0)[..., None], lse, -jnp.inf)
+    return at, lse.reshape(*tiles.shape[:4], TILE_ROWS)
 
 
 def _padded_groups(q: Float[Array, "B T Hq D"], groups: int) -> Float[Array, "B T Hp D"]:

@@ -16,7 +16,7 @@ from pallas_kernels.ahead_of_time import compile_for_h100
 from pallas_kernels.mosaic_gpu import SHARED_MEMORY_BYTES, Target, traced_for
 from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
-from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, slot_weights
+from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, by_tiles
 from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
     AttentionConfig,
     default_config,
@@ -309,20 +309,36 @@ def test_visible_block_ids_are_the_picks_that_see_something():
     assert not kept[block_ids >= 0].all()
 
 
-def test_slot_weights_of_log_sum_exps_far_apart():
-    places = jnp.asarray(np.arange(64 * 3).reshape(1, 1, 64, 3)).at[:, :, 1:, 0].set(-1)
-    places = places.at[:, :, 2].set(-1)
+def test_log_sum_exps_far_apart_are_combined():
+    """Of 4 queries with 16 heads, one of them without any slot; places of nobody hold NaN, the first too."""
     rng = np.random.default_rng(0)
-    slots = rng.normal(size=(64 * 3, 64)) * 500
-    _, weights, lse = slot_weights(places, jnp.asarray(slots, jnp.float32))
-    slots = slots.reshape(64, 3, 64)
-    slots[1:, 0], slots[2] = -np.inf, -np.inf
-    total = np.logaddexp2.reduce(slots, axis=1)
-    np.testing.assert_allclose(lse[0, 0], total.T * np.log(2), rtol=1e-5)
-    weights = np.asarray(weights)[0, 0]
-    np.testing.assert_allclose(np.delete(weights, 2, 0).sum(1), 1, rtol=1e-4)
-    assert not weights[2].any()
-    assert not weights[1:, 0].any()
+    places = 1 + rng.permutation(15)[:12].reshape(1, 1, 4, 3)
+    places[:, :, 1:, 0] = -1
+    places[:, :, 2] = -1
+    partial = np.full((16, 16, 64), np.nan)
+    lse = np.full((16, 16), np.nan)
+    used = places[places >= 0]
+    partial[used] = rng.normal(size=(len(used), 16, 64))
+    partial = partial.astype(jnp.bfloat16)
+    lse[used] = rng.normal(size=(len(used), 16)) * 500
+    lse = lse.astype(np.float32)
+
+    def merge(partial, places, lse):
+        o = jax.empty_ref(jax.ShapeDtypeStruct((4, 16, 64), jnp.bfloat16))
+        tiles, slots = by_tiles(places, lse)
+        config = CombineConfig(num_consumers=1, num_thread_blocks=1)
+        return combine(partial, tiles, slots, o, jnp.int32(0), config=config), jax.freeze(o)
+
+    with interpreted():
+        total, o = compiled(merge)(partial, jnp.asarray(places, jnp.int32), lse)
+    for query, slots in enumerate(places[0, 0]):
+        slots = slots[slots >= 0]
+        expected = np.logaddexp2.reduce(lse[slots].astype(np.float64), axis=0, initial=-np.inf)
+        rows = np.asarray(total).reshape(4, 16)[query]
+        np.testing.assert_allclose(rows, expected * np.log(2), rtol=1e-5)
+        weights = np.exp2(lse[slots] - expected)[..., None]
+        exact = (weights * partial[slots].astype(np.float64)).sum(0)
+        np.testing.assert_allclose(np.asarray(o, np.float64)[query], exact, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -388,10 +404,10 @@ def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtyp
     + [(16, 128, 64, "float16")],
 )
 def test_combine_compiles_without_spills(per_group, head_dim, top_k, dtype):
-    def merge(partial, places, weights, first_query):
+    def merge(partial, places, slots, first_query):
         o = jax.empty_ref(jax.ShapeDtypeStruct((2 * 8192, 4 * per_group, head_dim), dtype))
-        combine(partial, places, weights, o, first_query, config=CombineConfig())
-        return jax.freeze(o)
+        lse = combine(partial, places, slots, o, first_query, config=CombineConfig())
+        return lse, jax.freeze(o)
 
     tiles = 2, 4, 128, top_k
     shapes = [
