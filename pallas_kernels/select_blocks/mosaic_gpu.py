@@ -6,6 +6,7 @@ best blocks, ties included, so that only the blocks of those groups are looked a
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def select_blocks(
     )
     chunk = config.chunk(padded_queries, batch * num_heads, num_blocks)
 
-    def select(first_query):
+    def select(first_query, size):
         scores, groups = block_scores(
             index_q,
             index_k,
@@ -125,18 +126,22 @@ def select_blocks(
             first_query,
             places.documents(tile),
             scales,
-            num_queries=chunk,
+            num_queries=size,
             options=options,
             config=config.scores,
         )
-        place = places.chunk(first_query, chunk)
+        place = places.chunk(first_query, size)
         return _choose(scores, groups, place, top_k, config.top_k).swapaxes(2, 3)
 
-    starts = jnp.arange(0, padded_queries, chunk, dtype=jnp.int32)
-    if len(starts) == 1:
-        return select(starts[0])[:, :, :num_queries]
-    ids = jnp.moveaxis(lax.map(select, starts), 0, 2)
-    return ids.reshape(batch, num_heads, -1, top_k)[:, :, :num_queries]
+    # The odd chunk comes first, where queries see least: at the end it would cost a whole wave of
+    # the longest tiles, however few queries it has.
+    count, odd = divmod(padded_queries, chunk)
+    parts = [select(jnp.int32(0), odd)] if odd else []
+    if count:
+        starts = odd + chunk * jnp.arange(count, dtype=jnp.int32)
+        ids = jnp.moveaxis(lax.map(functools.partial(select, size=chunk), starts), 0, 2)
+        parts.append(ids.reshape(batch, num_heads, -1, top_k))
+    return jnp.concatenate(parts, axis=2)[:, :, :num_queries]
 
 
 def _refuse(index_q, block_size, top_k, pooling, scale, index_precision) -> None:
@@ -200,14 +205,13 @@ class _Places:
         return Documents(self.first, self.first.reshape(len(self.first), -1, tile).min(-1))
 
     def chunk(self, start: Int[Array, ""], size: int) -> "_Places":
-        """Those of `size` queries from `start` on; beyond the end they are padding."""
+        """Those of `size` queries from `start` on."""
 
-        def cut(array: Array, beyond: int) -> Array:
-            whole = jnp.pad(array, ((0, 0), (0, size)), constant_values=beyond)
-            return lax.dynamic_slice_in_dim(whole, start, size, axis=1)
+        def cut(array: Array) -> Array:
+            return lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
-        first = None if self.first is None else cut(self.first, 2**30)
-        return _Places(self.query_offset, cut(self.own, -1), first)
+        first = None if self.first is None else cut(self.first)
+        return _Places(self.query_offset, cut(self.own), first)
 
     def ranges(self, tile: int) -> tuple[Int[Array, "B tiles"], Int[Array, "B tiles"]]:
         """The past blocks that any query of a tile sees: first, and end."""

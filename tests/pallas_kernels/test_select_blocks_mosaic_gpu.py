@@ -112,7 +112,9 @@ class Case:
 
 
 CASES = {
-    "two heads, ragged": Case(num_queries=300, num_heads=2),
+    "two heads, ragged, a tile per chunk": Case(
+        num_queries=300, num_heads=2, config=dataclasses.replace(SMALL, score_bytes=1)
+    ),
     "float16, wide blocks and heads": Case(
         num_queries=512, index_dim=128, block_size=128, top_k=2, dtype="float16"
     ),
@@ -129,9 +131,9 @@ CASES = {
     "two levels": Case(
         num_queries=100, num_keys=2600, query_offset=2500, top_k=2, config=TWO_LEVELS
     ),
-    "two levels, packed and forced, in chunks": Case(
+    "two levels, packed and forced, chunks of one tile and of three": Case(
         batch=2, num_queries=512, packed=True, num_sink_blocks=1,
-        config=dataclasses.replace(TWO_LEVELS, score_bytes=2 * 8 * 4 * 128),
+        config=dataclasses.replace(TWO_LEVELS, score_bytes=2 * 8 * 4 * 128 * 3),
     ),
     "8 bits": Case(index_precision="int8", top_k=2),
     "8 bits, wide, of float32": Case(
