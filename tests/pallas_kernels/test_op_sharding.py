@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from op_cases import BLOCK_SIZE, SEGMENT_IDS, assert_close, compiled
 
-from pallas_kernels import main_block_mass, visibility
+from pallas_kernels import main_block_mass, select_blocks, sparse_attention, visibility
+from pallas_kernels.mosaic_gpu import Target, traced_for
 
 BATCH_AXES = ("data", "fsdp")
 SHARDED = (
@@ -141,6 +142,30 @@ def test_inside_a_shard_map_of_the_caller(x, segment_ids):
         placed = place_on(explicit, x, by_rows)
         split = jax.device_put(segment_ids, NamedSharding(explicit, P(BATCH_AXES)))
         assert_same(compiled(mapped)(placed, split), expected)
+
+
+def test_gpu_kernels_and_their_gradients_are_traced_on_a_mesh():
+    """As far as lowering to CUDA; what kernels compute is compared elsewhere."""
+
+    def loss(x, segment_ids):
+        place = {"segment_ids": segment_ids, "implementation": "mosaic_gpu"}
+        selection = select_blocks(x["index_q"], x["index_k"], block_size=64, top_k=2, **place)
+        o, _ = sparse_attention(x["q"], x["k"], x["v"], selection, **place)
+        return o.astype(jnp.float32).sum()
+
+    explicit = mesh()
+    heads = {"q": 4, "k": 2, "v": 2, "index_q": 2}
+    shapes = {name: (4, 128, number, 64) for name, number in heads.items()}
+    arrays = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=NamedSharding(explicit, SPECS[name])
+        )
+        for name, shape in (shapes | {"index_k": (4, 128, 64)}).items()
+    }
+    segment_ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+    with traced_for(Target()), jax.set_mesh(explicit):
+        traced = jax.jit(jax.value_and_grad(loss)).trace(arrays, segment_ids)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("op", ["oracle", "dense_attention, window"])
