@@ -46,10 +46,16 @@ def poison(num_bytes: int) -> None:
     whole = -(-num_bytes // 2**20) * 2**20
     sizes = [min(whole, max(room, 4)), *(size for size in _LADDER if size <= num_bytes)]
     # All at once, so that each one takes other memory; largest first fills the largest gap.
-    held = [jnp.full((size // 4,), _PATTERN, jnp.int32) for size in sizes]
+    held = [_filled(size) for size in sizes]
     jax.block_until_ready(held)
     for buffer in held:
         buffer.delete()
+
+
+def _filled(size: int) -> jax.Array:
+    """At least `size` bytes; in two axes, since one of a million tokens' would be too long."""
+    row = min(size, 2**20)
+    return jnp.full((-(-size // row), row // 4), _PATTERN, jnp.int32)
 
 
 def share_left(shape: tuple[int, ...]) -> float:
