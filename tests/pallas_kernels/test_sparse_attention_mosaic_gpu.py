@@ -310,7 +310,7 @@ def test_visible_block_ids_are_the_picks_that_see_something():
 
 
 def test_log_sum_exps_far_apart_are_combined():
-    """Of 4 queries with 16 heads, one of them without any slot; places of nobody hold NaN, the first too."""
+    """Of 4 queries, one without any slot; places of nobody hold NaN, the first too."""
     rng = np.random.default_rng(0)
     places = 1 + rng.permutation(15)[:12].reshape(1, 1, 4, 3)
     places[:, :, 1:, 0] = -1
@@ -375,11 +375,12 @@ SHAPES = [(g, d, b) for g in (8, 16, 32, 64) for d in (64, 128) for b in (64, 12
 
 
 @pytest.mark.parametrize(
-    ("per_group", "head_dim", "block_size", "dtype"),
-    [(*shape, "bfloat16") for shape in SHAPES]
-    + [(*shape, "float16") for shape in SHAPES if shape[1:] == (128, 128)],
+    ("per_group", "head_dim", "block_size", "dtype", "streaming"),
+    [(*shape, "bfloat16", False) for shape in SHAPES]
+    + [(*shape, "float16", False) for shape in SHAPES if shape[1:] == (128, 128)]
+    + [(8, 64, 64, "float16", True), (16, 128, 128, "bfloat16", True)],
 )
-def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtype):
+def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtype, streaming):
     def attend(q, k, v, queries, slices, num_slices):
         return partial_attention(
             q,
@@ -388,7 +389,7 @@ def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtyp
             ReverseIndex(queries, queries, slices, num_slices),
             block_size=block_size,
             scale=0.1,
-            config=default_config(per_group),
+            config=dataclasses.replace(default_config(per_group), streaming=streaming),
         )
 
     keys = (2048, 4, head_dim), dtype
