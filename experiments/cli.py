@@ -6,6 +6,7 @@ mistake of the user ends with one line on standard error and exit code 2; an err
 keeps its traceback.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import logging
@@ -13,7 +14,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 from absl import flags
@@ -40,9 +41,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     Returns:
       What `main` returned, or 2 after a wrong flag, config or checkpoint.
     """
-    _show_kernel_choices()
     try:
-        return main(sys.argv if argv is None else argv) or 0
+        with _kernel_choices_shown():
+            return main(sys.argv if argv is None else argv) or 0
     except (UsageError, ConfigError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
@@ -55,12 +56,21 @@ class _StandardError(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
-def _show_kernel_choices() -> None:
+@contextlib.contextmanager
+def _kernel_choices_shown() -> Iterator[None]:
     """Says once per op which implementation runs."""
-    logger = logging.getLogger("pallas_kernels")
+    logger, handler = logging.getLogger("pallas_kernels"), _StandardError()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
-        logger.addHandler(_StandardError())
+    # Libraries that scripts import give the root logger a handler, which would say it again.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def parse(
