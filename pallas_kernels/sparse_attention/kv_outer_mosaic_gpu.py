@@ -60,7 +60,6 @@ class AttentionConfig:
       num_kv_stages: key blocks in flight.
       tiles_per_slice: at most so many tiles per visit of a key block.
       num_thread_blocks: that share the slices; one per core of the GPU.
-      streaming: whether results leave the L2 cache before queries and keys do.
     """
 
     num_consumers: int = 3
@@ -68,7 +67,6 @@ class AttentionConfig:
     num_kv_stages: int = 2
     tiles_per_slice: int = 32
     num_thread_blocks: int = 132
-    streaming: bool = False
 
     def __post_init__(self):
         if not 1 <= self.num_consumers <= 3:
@@ -405,10 +403,7 @@ def _attend(block: _ThreadBlock, consumer, stage, turn, current: _Slice, tile, r
     q_tile[...] = o.astype(q_tile.dtype)
     smem.lse[consumer] = shift + jnp.log2(total)
     plgpu.commit_smem()
-    if config.streaming:
-        copy_streaming(q_tile, block.o, tile, block.statics.target)
-    else:
-        plgpu.copy_smem_to_gmem(q_tile, block.o.at[tile])
+    copy_streaming(q_tile, block.o, tile, block.statics.target)
     plgpu.copy_smem_to_gmem(smem.lse.at[consumer], block.lse.at[tile])
 
 
