@@ -84,7 +84,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", "runs/checks", "folder of the results", flag_values=values)
     flags.DEFINE_bool("quick", False, "2K tokens alone", flag_values=values)
     flags.DEFINE_bool("million", False, "1M tokens too", flag_values=values)
-    flags.DEFINE_integer("jobs", 6, "groups at a time", lower_bound=2, flag_values=values)
+    flags.DEFINE_integer("jobs", 8, "groups at a time", lower_bound=2, flag_values=values)
     flags.DEFINE_float(
         "group_seconds", 150.0, "after which a group is ended", lower_bound=1, flag_values=values
     )

@@ -34,6 +34,7 @@ class Place:
 
 
 WHOLE = Place()
+_KINDS = ("learned", "random", "one_block", "no_overlap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,31 +139,50 @@ def groups(*, quick: bool, million: bool) -> dict[str, list[Check]]:
     """
     found: dict[str, list[Check]] = {}
     if not quick:  # the longest first
-        found["attention, long"] = list(_long_attention())
+        found["attention at 8K"] = list(_attention(2**13, 512, _KINDS, (0, 1)))
+        found["attention at 32K"] = [
+            *_attention(2**15, 512, _KINDS, (0,)),
+            *_attention(2**15, 512, ("learned",), (1,)),
+        ]
         found["128K"] = list(_at_128k())
-        for scheme in SCHEMES:
-            found[f"shapes, {scheme}"] = list(_shapes(scheme))
         found["selection, long"] = list(_long_selection())
-        for scheme in SCHEMES:
-            found[f"places, {scheme}"] = list(_places(scheme))
+        found |= _split("shapes", list(_shapes()), 3)
+        found |= _split("places", list(_places()), 2)
+    found["attention at 2K"] = list(_attention_at_2k())
     found["selection at 2K"] = list(_selection_at_2k())
-    for scheme in SCHEMES:
-        found[f"attention at 2K, {scheme}"] = list(_attention_at_2k(scheme))
     if million:
         found["selection at 1M"] = list(_selection_at_1m())
         found["attention at 1M"] = list(_attention(2**20, 64, ("learned",), (0,)))
     return found
 
 
-def _attention_at_2k(scheme: str) -> Iterator[Check]:
-    """Every selection, and every seed, of one compiled program."""
-    for selection in ("one_block", "no_overlap", "strewn", "masked"):
-        yield AttentionCase(shape(2048), selection, scheme)
-    for selection, seed in itertools.product(("learned", "random"), range(3)):
-        yield AttentionCase(shape(2048, seed=seed), selection, scheme)
+def _split(name: str, cases: list[Check], parts: int) -> dict[str, list[Check]]:
+    """Cases in groups of about the same size; schemes of one call stay together."""
+    count = len(SCHEMES) * -(-len(cases) // (len(SCHEMES) * parts))
+    return {f"{name} {i + 1}": cases[i * count : (i + 1) * count] for i in range(parts)}
 
 
-def _shapes(scheme: str) -> Iterator[Check]:
+def _by_all_schemes(
+    shape: Shape, selection: str, dtype: str = "bfloat16", place: Place = WHOLE
+) -> Iterator[Check]:
+    for scheme in SCHEMES:
+        yield AttentionCase(shape, selection, scheme, dtype, place)
+
+
+def _attention(
+    length: int, rows: int, selections: tuple[str, ...], seeds: tuple[int, ...]
+) -> Iterator[Check]:
+    for selection, seed in itertools.product(selections, seeds):
+        yield from _by_all_schemes(shape(length, sampled_rows=rows, seed=seed), selection)
+
+
+def _attention_at_2k() -> Iterator[Check]:
+    """Every selection, and every seed, of one compiled program per scheme."""
+    yield from _attention(2048, 0, ("one_block", "no_overlap", "strewn", "masked"), (0,))
+    yield from _attention(2048, 0, ("learned", "random"), (0, 1, 2))
+
+
+def _shapes() -> Iterator[Check]:
     """Group sizes 1 to 64, both head dims and block sizes, 1 to 64 blocks, both dtypes."""
     for heads, kv_heads, head_dim, block_size, top_k, dtype in (
         (4, 4, 128, 128, 16, "bfloat16"),
@@ -178,41 +198,21 @@ def _shapes(scheme: str) -> Iterator[Check]:
     ):
         sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"block_size": block_size, "top_k": top_k}
-        yield AttentionCase(shape(1500, **sizes), "random", scheme, dtype)
+        yield from _by_all_schemes(shape(1500, **sizes), "random", dtype)
 
 
-def _places(scheme: str) -> Iterator[Check]:
+def _places() -> Iterator[Check]:
     """Ragged lengths, offsets, packed documents with padding, chunks."""
     small = {"num_heads": 32, "num_kv_heads": 2}
-    places = {
-        1999: WHOLE,
-        2100: Place(777, 1200),
-        2048: Place(600, (1200, 1448)),
-    }
-    for length, place in places.items():
-        batch = len(place.query_offset) if isinstance(place.query_offset, tuple) else 1
-        sizes = small | {"batch": batch}
-        yield AttentionCase(shape(length, **sizes), "strewn", scheme, place=place)
-    packed = small | {"batch": 2, "block_size": 64}
+    two = small | {"batch": 2}
+    yield from _by_all_schemes(shape(1999, **small), "strewn")
+    yield from _by_all_schemes(shape(2100, **small), "strewn", place=Place(777, 1200))
+    yield from _by_all_schemes(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
+    packed = shape(2048, **two, block_size=64)
     for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
         for selection in ("learned", "random"):
-            yield AttentionCase(shape(2048, **packed), selection, scheme, place=place)
-    if scheme == "kv_outer":
-        yield AttentionCase(shape(2048, **small), "random", scheme, chunked=True)
-
-
-def _attention(
-    length: int, rows: int, selections: tuple[str, ...], seeds: tuple[int, ...]
-) -> Iterator[Check]:
-    for selection, seed, scheme in itertools.product(selections, seeds, SCHEMES):
-        yield AttentionCase(shape(length, sampled_rows=rows, seed=seed), selection, scheme)
-
-
-def _long_attention() -> Iterator[Check]:
-    kinds = ("learned", "random", "one_block", "no_overlap")
-    yield from _attention(2**13, 512, kinds, (0, 1))
-    yield from _attention(2**15, 512, kinds, (0,))
-    yield from _attention(2**15, 512, ("learned",), (1,))
+            yield from _by_all_schemes(packed, selection, place=place)
+    yield AttentionCase(shape(2048, **small), "random", "kv_outer", chunked=True)
 
 
 def _at_128k() -> Iterator[Check]:

@@ -1,5 +1,7 @@
 """Selections to attend over: learned ones, and those that a kernel may stumble over."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -59,17 +61,22 @@ def select(kind: str, shape: Shape, place: Place, implementation: str) -> Int[Ar
         index_q, index_k = index_inputs(shape, "correlated")
         if place.num_queries:
             index_q = jnp.take_along_axis(index_q, slots[:, :, None, None], axis=1)
-        return select_blocks(
-            index_q,
-            index_k,
+        learned = functools.partial(
+            select_blocks,
             block_size=shape.block_size,
             top_k=shape.top_k,
             segment_ids=segment_ids(shape, place),
             query_offset=query_offset(place),
             implementation=implementation,
-        ).block_ids
-    make = jax.jit(SELECTIONS[kind], static_argnums=(2,))
-    return make(jax.random.key(shape.seed + 2), slots // shape.block_size, shape)
+        )
+        return jax.jit(lambda *index: learned(*index).block_ids)(index_q, index_k)
+    key, own = jax.random.key(shape.seed + 2), slots // shape.block_size
+    return _made(key, own, kind, dataclasses.replace(shape, seed=0))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "shape"))
+def _made(key, own: Slots, kind: str, shape: Shape) -> Array:
+    return SELECTIONS[kind](key, own, shape)
 
 
 def query_offset(place: Place) -> int | Int[Array, "B"]:

@@ -246,10 +246,10 @@ class TestPrecision:
 class TestRun:
     def test_a_case_that_raises_is_one_failure(self):
         case = AttentionCase(tiny(), "random", "auto")
-        wrong = dataclasses.replace(case, shape=tiny(num_heads=3))
+        wrong = dataclasses.replace(case, place=Place(100, 100))
         failed, passed = run([wrong, case], "reference")
         assert not failed["passed"]
-        assert "num_heads=3" in failed["error"]
+        assert "need 200 key slots" in failed["error"]
         assert passed["passed"]
         assert passed["figures"]["error"] < passed["bars"]["error"]
         assert "FAIL" in check_kernels.line({"group": "g"} | failed)
