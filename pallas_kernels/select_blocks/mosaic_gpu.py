@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import current_target
+from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
 from pallas_kernels.select_blocks.quantization import quantize_keys, quantize_queries
 from pallas_kernels.select_blocks.scores_mosaic_gpu import (
     GROUP,
@@ -74,6 +74,7 @@ class SelectConfig:
         return min(num_queries, tiles * tile)
 
 
+@in_32_bits
 def select_blocks(
     index_q: Float[Array, "B T Hkv Di"],
     index_k: Float[Array, "B S Di"],
@@ -95,6 +96,7 @@ def select_blocks(
       NotImplementedError: what these kernels do not serve, with the reason.
     """
     current_target()
+    refuse_varying(index_q, index_k, segment_ids, query_offset)
     _refuse(index_q, block_size, top_k, pooling, scale, index_precision)
     config = config or _tuned(index_q, block_size, index_precision)
     num_queries, tile = index_q.shape[1], config.scores.tile
@@ -154,7 +156,8 @@ def _refuse(index_q, block_size, top_k, pooling, scale, index_precision) -> None
         f"top_k={top_k}: the kernel's lists hold {MAX_TOP_K} blocks": top_k <= MAX_TOP_K,
         f"scale={scale}: the kernel multiplies the maxima, which needs a positive one": scale > 0,
         f"{index_q.dtype} index queries: the kernel takes bfloat16, float16 or 8-bit ones": (
-            index_precision == "int8" or index_q.dtype in (jnp.bfloat16, jnp.float16)
+            index_q.dtype in (jnp.bfloat16, jnp.float16)
+            or (index_precision == "int8" and index_q.dtype == jnp.float32)
         ),
         f"decoding: {index_q.shape[1]} queries do not fill a tile of {MIN_QUERIES}": (
             index_q.shape[1] >= MIN_QUERIES

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import current_target
+from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, kv_outer
 from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import default_config
@@ -102,6 +102,7 @@ def sparse_attention(
       NotImplementedError: no Hopper GPU, or arguments other than the above.
     """
     current_target()
+    refuse_varying(q, k, v, block_ids, segment_ids, query_offset)
     _check_served(q, k, v, block_ids, block_size, scale)
     known = isinstance(query_offset, int)
     config = config or SparseAttentionConfig()
@@ -163,6 +164,7 @@ def visible_block_ids(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _attention(options: _Options, q, k, v, block_ids, segment_ids, query_offset):
     offset = query_offset if options.query_offset is None else options.query_offset
     block_ids = visible_block_ids(block_ids, segment_ids, offset, options.block_size)
