@@ -1,13 +1,19 @@
 """Times block selection and sparse attention on a Hopper GPU against dense and sparse baselines.
 
-    python -m experiments.benchmark --output=runs/benchmark/h100
-    python -m experiments.benchmark --lengths=1M --selections=random,correlated --output=...
-    python -m experiments.benchmark --render=docs/benchmarks/h100.json --output=docs/benchmarks/h100
+A full run is three commands, of some minutes each:
 
-Baselines: cuDNN through jax, and FlashAttention-4 and flash-msa where they are installed. Every
-case runs in a process of its own; records are appended to OUTPUT.jsonl as they come, and
-OUTPUT.json, .md and .svg are written at the end, from all records in it. --render, once per file,
-needs no GPU.
+    python -m experiments.benchmark --lengths=8K,32K,128K --output=runs/benchmark/h100
+    python -m experiments.benchmark --lengths=1M --baselines= --output=runs/benchmark/h100
+    python -m experiments.benchmark --lengths=1M --selections= --baselines=flash_attention_4 \
+        --skip_dense_above=1M --output=runs/benchmark/h100
+
+Records are appended to OUTPUT.jsonl as they come, and OUTPUT.json, .md and .svg are written at the
+end of each command, from all records in it. Every case runs in a process of its own and says on
+standard error what takes it how long. Baselines: cuDNN through jax, and FlashAttention-4 and
+flash-msa where they are installed. Files are rendered together by --render, once per file, which
+needs no GPU:
+
+    python -m experiments.benchmark --render=runs/benchmark/h100.jsonl --output=docs/benchmarks/h100
 """
 
 import pathlib
@@ -20,7 +26,7 @@ from experiments import cli
 from experiments.benchmarking import report, results, runner
 from experiments.benchmarking.cases import BASELINES, PRECISIONS, SELECTIONS, parse_length, plan
 
-_DEFAULT_LENGTHS = "8K,32K,128K,256K,512K,1M"
+_DEFAULT_LENGTHS = "8K,32K,128K,1M"
 _SHAPE = {
     "batch": ("batch", 1),
     "heads": ("num_heads", 64),
@@ -31,7 +37,7 @@ _SHAPE = {
     "top_k": ("top_k", 16),
     "seed": ("seed", 0),
     "repeats": ("repeats", 5),
-    "sampled_rows": ("sampled_rows", 64),
+    "sampled_rows": ("sampled_rows", 32),
 }
 
 
@@ -106,7 +112,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     for name, (field, default) in _SHAPE.items():
         flags.DEFINE_integer(name, default, field.replace("_", " "), 0, flag_values=values)
     for name, default, words in (
-        ("case_seconds", 500.0, "after which one case is ended"),
+        ("case_seconds", 120.0, "after which one case is ended, flash-msa two minutes later"),
         ("total_seconds", 36000.0, "after which no further case is begun"),
     ):
         flags.DEFINE_float(name, default, words, lower_bound=1, flag_values=values)

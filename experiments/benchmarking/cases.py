@@ -6,8 +6,8 @@ from typing import Any, Self
 
 from msa_jax.config import AttentionConfig, ConfigError
 
-# Stands before each record that a case prints.
-MARK = "benchmark-record "
+# Stand before each record that a case prints, and before what it says it is doing.
+MARK, PHASE = "benchmark-record ", "benchmark-phase "
 
 CEILINGS, MSA = "ceilings", "msa"
 BASELINES = {  # name: title
@@ -57,7 +57,7 @@ class Case:
     top_k: int = 16
     seed: int = 0
     repeats: int = 5
-    sampled_rows: int = 64
+    sampled_rows: int = 32
     implementation: str = "mosaic_gpu"
     inputs: str = ""
 
@@ -83,7 +83,8 @@ class Case:
     @property
     def label(self) -> str:
         """What it is called while the benchmark runs."""
-        return f"{self.subject} at {self.length} tokens" if self.length else self.subject
+        title = BASELINES.get(self.subject, self.subject)
+        return f"{title} at {self.length} tokens" if self.length else title
 
 
 def plan(
@@ -113,6 +114,11 @@ def plan(
             if name not in DENSE or length <= skip_dense_above:
                 cases.append(Case(name, length, **fields))
     return cases
+
+
+def phase(name: str) -> None:
+    """Says what this process does from now on; the runner reads the clock."""
+    print(PHASE + name, flush=True)
 
 
 def parse_length(text: str) -> int:

@@ -5,6 +5,8 @@ float32 scores, by score gap, since sums in another order flip near-ties; the ou
 rows is held to float64 attention over the blocks that the op itself selected.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,22 +42,41 @@ def exact_block_scores(
 
     The blocks before a row's own one are visible as a whole; only their scores mean anything.
     """
-    blocks = -(-index_k.shape[1] // block_size)
+    return np.asarray(_pool(_token_scores(sampled(index_q, rows), index_k), block_size))
 
-    @jax.jit
-    def scores_of(queries, index_k):
-        return jnp.einsum(
-            "rhd,sd->rhs", queries, index_k, precision="highest", preferred_element_type=jnp.float32
-        )
 
-    @jax.jit  # apart from the product, which XLA would otherwise tune together with the maximum
-    def pool(scores):
-        padding = blocks * block_size - scores.shape[-1]
-        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padding)), constant_values=-jnp.inf)
-        return scores.reshape(*scores.shape[:2], blocks, block_size).max(-1)
+# Outside of any function: compiled once, not for every kind of selection anew.
 
-    sampled = index_q[0, jnp.asarray(rows)].astype(jnp.float32)
-    return np.asarray(pool(scores_of(sampled, index_k[0].astype(jnp.float32))))
+
+@jax.jit
+def sampled(x: Float[Array, "B T *rest"], rows: Int[np.ndarray, "R"]) -> Float[Array, "R *rest"]:
+    """Rows of the first sequence of queries or outputs, in float32; x[0] would copy all of it."""
+    return x[0, rows].astype(jnp.float32)
+
+
+@jax.jit
+def _token_scores(
+    queries: Float[Array, "R H Di"], index_k: Float[Array, "B S Di"]
+) -> Float[Array, "R H S"]:
+    keys = index_k[0].astype(jnp.float32)
+    return jnp.einsum(
+        "rhd,sd->rhs", queries, keys, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+# Apart from the product, which XLA would otherwise tune together with the maximum.
+@functools.partial(jax.jit, static_argnames="block_size")
+def _pool(scores: Float[Array, "R H S"], block_size: int) -> Float[Array, "R H N"]:
+    scores = jnp.pad(
+        scores, ((0, 0), (0, 0), (0, -scores.shape[-1] % block_size)), constant_values=-jnp.inf
+    )
+    return scores.reshape(*scores.shape[:2], -1, block_size).max(-1)
+
+
+@jax.jit
+def _gathered(x: Float[Array, "B S H D"], slots: Int[np.ndarray, "R H L"]):
+    """x[0, slots[r, h], h] of all rows at once, [R, H, L, D]."""
+    return x[0, slots, jnp.arange(x.shape[2])[:, None]]
 
 
 def check_selection(
@@ -133,12 +154,12 @@ def exact_attention(
     visible = (ids[..., None] >= 0) & (slots <= rows[:, None, None, None]) & (slots < k.shape[1])
     shape = (len(rows), groups, -1)
     slots, visible = slots.reshape(shape), visible.reshape(shape)
-    sampled = np.asarray(q[0, jnp.asarray(rows)], np.float64)
+    queries_of_rows = np.asarray(sampled(q, rows), np.float64)
+    places = np.where(visible, slots, 0).astype(np.int32)
+    gathered = (np.asarray(_gathered(x, places)) for x in (k, v))
     outputs, log_sums = [], []
-    for row_queries, row_slots, row_visible in zip(sampled, slots, visible, strict=True):
-        place = jnp.asarray(np.where(row_visible, row_slots, 0))
-        head = jnp.arange(groups)[:, None]
-        keys, values = (np.asarray(x[0, place, head], np.float64) for x in (k, v))
+    for row_queries, row_visible, *row in zip(queries_of_rows, visible, *gathered, strict=True):
+        keys, values = (np.asarray(x, np.float64) for x in row)
         queries = row_queries.reshape(groups, -1, head_dim)
         logits = np.einsum("hgd,hsd->hgs", queries, keys) * head_dim**-0.5
         logits = np.where(row_visible[:, None], logits, -np.inf)

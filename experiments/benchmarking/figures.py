@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from experiments.benchmarking import results
 from experiments.benchmarking.cases import BASELINES, MSA, PRECISIONS, SELECTIONS
@@ -73,7 +73,8 @@ def time_and_speedup(rows: Sequence[Row]) -> str:
 def _times(axes: Axes, rows: Sequence[Row]) -> None:
     for index, (name, title) in enumerate(BASELINES.items()):
         timed = [row for row in rows if row.case.subject == name]
-        _line(axes, timed, title, color=_BASELINE_COLOUR, linestyle=LINES[index])
+        look = {"color": _BASELINE_COLOUR, "linestyle": LINES[index], "marker": "d"}
+        _line(axes, timed, title, **look)
     for (selection, precision), series in _series(rows).items():
         _line(axes, series, _label(selection, precision), **_look(selection, precision))
     for precision, linestyle in (("native", ":"), ("int8", "-.")):
@@ -82,7 +83,10 @@ def _times(axes: Axes, rows: Sequence[Row]) -> None:
         if floors:
             points = sorted(floors.items())
             label = f"floor, {_index(precision)}"
-            axes.plot(*zip(*points, strict=True), label=label, color=_INK, linestyle=linestyle)
+            look = {"color": _INK, "linestyle": linestyle, "marker": "_"}
+            axes.plot(*zip(*points, strict=True), label=label, **look)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_ylabel("time of one layer's forward (ms)")
 

@@ -73,18 +73,11 @@ def index_inputs(
         return IndexInputs(_normal(key_q, case, heads, dtype), index_k)
     assert selection == "correlated", selection
     pace = _pace(key_q, index_k[0], case)
-    chunk = _chunk(case)
-    rows = jnp.arange(case.batch * case.length, dtype=jnp.int32).reshape(-1, chunk)
-
-    @jax.jit
-    def walk(rows):
-        queries = jax.lax.map(lambda rows: _walk(key_q, rows, pace, heads).astype(dtype), rows)
-        return queries.reshape(case.batch, case.length, *heads)
-
-    return IndexInputs(walk(rows), index_k)
+    shape = (case.batch, case.length, *heads)
+    return IndexInputs(_walks(key_q, pace, shape=shape, chunk=_chunk(case), dtype=dtype), index_k)
 
 
-def mean_union(block_ids: Int[Array, "B H T K"], neighbours: int, first: int) -> float:
+def mean_union(block_ids: Int[Array | np.ndarray, "B H T K"], neighbours: int, first: int) -> float:
     """Mean number of distinct blocks that `neighbours` queries select.
 
     Args:
@@ -104,16 +97,17 @@ def mean_union(block_ids: Int[Array, "B H T K"], neighbours: int, first: int) ->
 
 
 def _normal(key, case: Case, inner: tuple[int, ...], dtype) -> Array:
-    """[B, T, *inner], drawn in chunks so that no float32 copy of the whole is made."""
-    chunk = _chunk(case)
+    """Standard normal [B, T, *inner]."""
+    shape = (case.batch, case.length, *inner)
+    return _draw(key, shape=shape, chunk=_chunk(case), dtype=dtype)
 
-    @jax.jit
-    def draw(key):
-        keys = jax.random.split(key, case.batch * case.length // chunk)
-        drawn = jax.lax.map(lambda key: jax.random.normal(key, (chunk, *inner), dtype), keys)
-        return drawn.reshape(case.batch, case.length, *inner)
 
-    return draw(key)
+@functools.partial(jax.jit, static_argnames=("shape", "chunk", "dtype"))
+def _draw(key, *, shape: tuple[int, ...], chunk: int, dtype) -> Array:
+    """Draws `chunk` tokens at a time, so that no float32 copy of the whole is made."""
+    keys = jax.random.split(key, shape[0] * shape[1] // chunk)
+    drawn = jax.lax.map(lambda key: jax.random.normal(key, (chunk, *shape[2:]), dtype), keys)
+    return drawn.reshape(shape)
 
 
 def _chunk(case: Case) -> int:
@@ -122,7 +116,15 @@ def _chunk(case: Case) -> int:
     return next(size for size in range(min(_CHUNK, tokens), 0, -1) if tokens % size == 0)
 
 
-def _walk(key, rows: Int[Array, "R"], pace: Int[Array, ""] | int, heads: tuple[int, int]) -> Array:
+@functools.partial(jax.jit, static_argnames=("shape", "chunk", "dtype"))
+def _walks(key, pace: int, *, shape: tuple[int, ...], chunk: int, dtype) -> Array:
+    """`_walk` over all tokens, batch rows one after the other."""
+    rows = jnp.arange(shape[0] * shape[1], dtype=jnp.int32).reshape(-1, chunk)
+    walked = jax.lax.map(lambda rows: _walk(key, rows, pace, shape[2:]).astype(dtype), rows)
+    return walked.reshape(shape)
+
+
+def _walk(key, rows: Int[Array, "R"], pace: Int[Array, ""] | int, heads: tuple[int, ...]) -> Array:
     """Unit-variance queries [R, Hkv, Di] on a smooth path through random vectors."""
     steps = rows * pace
     knots = steps // _PACE_UNIT

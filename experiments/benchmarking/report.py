@@ -160,12 +160,16 @@ all inputs included; workspace is what the compiled program takes beside argumen
 
 
 def _environment(environment: Record) -> str:
-    packages = {name: v for name, v in environment["packages"].items() if v}
+    packages = ", ".join(f"{name} {v}" for name, v in environment["packages"].items() if v)
     gpu = environment["gpu"] or {}
+    flags = "".join(
+        f", XLA_FLAGS={value} for {subject}"
+        for subject, value in environment.get("xla_flags", {}).items()
+    )
     return (
         f"* {environment['date']}, commit {environment['commit']}, {gpu.get('name')}, driver "
         f"{gpu.get('driver_version')}, power limit {gpu.get('power.limit')}, Python "
-        f"{environment['python']}, {', '.join(' '.join(item) for item in packages.items())}: "
+        f"{environment['python']}, {packages}{flags}: "
         f"`{environment['command']}`. Method: {environment['method']}."
     )
 

@@ -7,6 +7,7 @@ every visible token of a selected block attended once, every array read or writt
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -161,14 +162,21 @@ def rows(runs: Sequence[Record]) -> list[Row]:
 def failures(runs: Sequence[Record]) -> list[str]:
     """A line per case that failed and was not made good by a later run."""
     done = {(row.case.label, row.selection, row.precision) for row in rows(runs)}
-    done |= {(label, "", "") for label, _, _ in done}
     lines = {}
     for record in _records(runs):
         case = Case.from_json(record["case"])
         key = (case.label, record.get("selection", ""), record.get("precision", ""))
-        if "error" in record and key not in done:
+        # A process that ended early leaves one error for all that it had not come to.
+        wanted = {key} if key[1] else _wanted(case)
+        if "error" in record and wanted - done:
             lines[key] = f"{' '.join(part for part in key if part)}: {record['error']}"
     return list(lines.values())
+
+
+def _wanted(case: Case) -> set[tuple[str, str, str]]:
+    """The rows that a case is to yield: label, selection, precision."""
+    kinds = itertools.product(case.selections or ("",), case.precisions or ("",))
+    return {(case.label, *kind) for kind in kinds}
 
 
 def speedups(row: Row, all_rows: Sequence[Row]) -> dict[str, Speedup]:

@@ -1,7 +1,7 @@
 """Device time by chained calls: many calls queued on one stream, one wait at their end.
 
 The time of n queued calls over n has the host's share hidden behind the device's work. Calls of a
-fifth of a second and more are timed one by one. CUDA events around the calls (the PyTorch
+tenth of a second and more are timed one by one. CUDA events around the calls (the PyTorch
 baselines) and the host's clock up to the end of the last call (jax) then read the same.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
-CHAIN_SECONDS = 0.2
+CHAIN_SECONDS = 0.1
 # What repeating one measurement may take: long calls are repeated less, and the record says so.
-REPEAT_SECONDS = 30.0
+REPEAT_SECONDS = 4.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments.benchmarking.cases import Case
+from experiments.benchmarking.cases import Case, phase
 from experiments.benchmarking.timing import Timing, repeat
 
 Record = dict[str, Any]
@@ -14,7 +14,9 @@ _CHUNK = 8192
 
 def flash_attention_4(case: Case) -> Iterator[Record]:
     """Dense causal attention by FlashAttention-4."""
+    phase("import flash_attn.cute")
     attention = importlib.import_module("flash_attn.cute")
+    phase("draw inputs")
     drawn = _Draw(case)
     q = drawn((case.batch, case.length, case.num_heads, case.head_dim))
     k, v = (drawn((case.batch, case.length, case.num_kv_heads, case.head_dim)) for _ in "kv")
@@ -22,13 +24,15 @@ def flash_attention_4(case: Case) -> Iterator[Record]:
     def attend(length: int):
         return attention.flash_attn_func(q[:, :length], k[:, :length], v[:, :length], causal=True)
 
-    yield {"timings": {"both": _timed(case, attend).asdict()}, "peak_bytes": _peak()}
+    yield {"timings": {"both": _timed(case, "both", attend).asdict()}, "peak_bytes": _peak()}
 
 
 def flash_msa(case: Case) -> Iterator[Record]:
     """MSA by flash-msa: its forward, selection included, and its selection alone."""
+    phase("import flash_msa")
     library = importlib.import_module("flash_msa")
     selecting = importlib.import_module("flash_msa.msa_select_cutedsl")
+    phase("draw inputs")
     drawn = _Draw(case)
     index_q = drawn((case.batch, case.num_kv_heads, case.length, case.index_dim))
     index_k = drawn((case.batch, 1, case.length, case.index_dim))
@@ -51,7 +55,7 @@ def flash_msa(case: Case) -> Iterator[Record]:
         )
 
     timings = {
-        name: _timed(case, call).asdict()
+        name: _timed(case, name, call).asdict()
         for name, call in (("both", attend), ("selection", select))
     }
     yield {"timings": timings, "peak_bytes": _peak()}
@@ -73,8 +77,8 @@ class _Draw:
         return out
 
 
-def _timed(case: Case, call: Callable[[int], Any]) -> Timing:
-    """Times `call` at the case's length, compiled by a call at a short one and one in full."""
+def _timed(case: Case, name: str, call: Callable[[int], Any]) -> Timing:
+    """Times `call` at the case's length after a first call, a shorter one where it takes long."""
     torch = importlib.import_module("torch")
 
     def chain(calls: int) -> float:
@@ -87,9 +91,11 @@ def _timed(case: Case, call: Callable[[int], Any]) -> Timing:
         return start.elapsed_time(end) / 1e3
 
     with torch.no_grad():
-        call(min(case.length, _CHUNK))
-        if case.length <= 2**17:  # beyond, a call is seconds and compiling was done above
-            chain(1)
+        first = case.length if case.length <= 2**17 else _CHUNK  # beyond, a call is seconds
+        phase(f"first call of {name}, {first} tokens")
+        call(first)
+        torch.cuda.synchronize()
+        phase(f"time {name}")
         return repeat(chain, case.repeats)
 
 

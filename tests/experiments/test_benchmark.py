@@ -21,7 +21,7 @@ from experiments.benchmarking import (
     timing,
     worker,
 )
-from experiments.benchmarking.cases import Case, plan
+from experiments.benchmarking.cases import PHASE, Case, plan
 from pallas_kernels import dense_attention, select_blocks, sparse_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -73,11 +73,11 @@ class TestTiming:
 
             return run
 
-        short = timing.repeat(chain(0.01), 5)
+        short = timing.repeat(chain(0.005), 5)
         assert (short.calls, short.repeats) == (20, 5)
-        assert short.median_ms == pytest.approx(10)
+        assert short.median_ms == pytest.approx(5)
         long = timing.repeat(chain(1.0), 5)
-        assert (long.calls, long.repeats) == (1, 5)
+        assert (long.calls, long.repeats) == (1, 3)
         made.clear()
         # A minute is more than repeating may take: the one call made is the measurement.
         longest = timing.repeat(chain(60.0), 5)
@@ -251,6 +251,25 @@ class TestWorkers:
         assert 4 <= record["union"]["4"] <= 16
         json.dumps(record)
 
+    def test_another_selection_compiles_only_its_inputs(self, monkeypatch):
+        monkeypatch.setattr(timing, "CHAIN_SECONDS", 0.001)
+        compiled = []
+
+        def listen(event, *_, **__):
+            if event.endswith("backend_compile_duration"):
+                compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            case = tiny(96, selections=("random", "identical"), precisions=("native", "int8"))
+            counts = [len(compiled) for _ in jax_worker.msa(case)]
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert counts[0] >= 5  # main, and two programs by precision
+        assert counts[1] == counts[0]
+        assert counts[2] <= counts[0] + 4
+        assert counts[3] == counts[2]
+
     def test_a_kind_that_fails_leaves_its_error_and_the_others(self, records):
         assert records[1]["precision"] == "no such"
         assert records[1]["error"].startswith("ValueError: index_precision")
@@ -274,12 +293,13 @@ class TestWorkers:
         )
         with pytest.raises(ModuleNotFoundError):
             worker.main(["worker", case])
-        line = capsys.readouterr().out.strip()
+        *said, line = capsys.readouterr().out.splitlines()
+        assert said == [f"{PHASE}import flash_attn.cute"]
         assert "ModuleNotFoundError" in json.loads(line.removeprefix(worker.MARK))["error"]
 
 
 class TestRunner:
-    def run(self, monkeypatch, tmp_path, script, **limits):
+    def run(self, monkeypatch, tmp_path, script, case=None, **limits):
         """Runs one case whose process is a script."""
         program = tmp_path / "fake_python"
         program.write_text(f"#!/bin/sh\n{script}\n")
@@ -287,7 +307,7 @@ class TestRunner:
         monkeypatch.setattr(runner.sys, "executable", str(program))
         output, lines = tmp_path / "out.jsonl", []
         limits = {"case_seconds": 30, "total_seconds": 30} | limits
-        runner.run([tiny()], output, {"gpu": None}, report=lines.append, **limits)
+        runner.run([case or tiny()], output, {"gpu": None}, report=lines.append, **limits)
         return [json.loads(line) for line in output.read_text().splitlines()], lines
 
     def test_records_are_kept_as_they_come(self, monkeypatch, tmp_path):
@@ -302,12 +322,42 @@ class TestRunner:
         script = f"""echo '{worker.MARK}{{"a": 1}}'; echo Killed by me >&2; exit 3"""
         lines, said = self.run(monkeypatch, tmp_path, script)
         assert lines[1]["a"] == 1
-        assert lines[2]["error"] == "exit code 3: Killed by me"
+        assert lines[2]["error"] == "exit code 3, in its phase 'start': Killed by me"
         assert "exit code 3" in said[0]
 
-    def test_a_hang_is_ended(self, monkeypatch, tmp_path):
-        lines, _ = self.run(monkeypatch, tmp_path, "exec sleep 20", case_seconds=0.2)
-        assert lines[1]["error"].startswith("ended after 0 s")
+    def test_a_hang_is_ended_and_says_what_it_was_doing(self, monkeypatch, tmp_path, capsys):
+        script = f"echo '{PHASE}draw a'; echo '{PHASE}compile b'; exec sleep 20"
+        lines, _ = self.run(monkeypatch, tmp_path, script, case_seconds=0.5)
+        assert lines[1]["error"] == "ended after 0 s, in its phase 'compile b'"
+        assert list(lines[1]["phases"]) == ["start", "draw a", "compile b"]
+        assert lines[1]["phases"]["compile b"] > 0.1
+        assert capsys.readouterr().err.endswith(" s compile b\n")
+
+    def test_each_record_has_its_own_phases(self, monkeypatch, tmp_path):
+        record = f"echo '{worker.MARK}{{}}'"
+        script = f"echo '{PHASE}one'; {record}; echo '{PHASE}two'; sleep 0.2; {record}"
+        lines, _ = self.run(monkeypatch, tmp_path, script)
+        first, second = (line["phases"] for line in lines[1:])
+        assert list(first) == ["start", "one"]
+        assert list(second) == ["one", "two"]
+        assert second["two"] >= 0.2
+
+    def test_flash_msa_has_longer_to_compile(self, monkeypatch, tmp_path):
+        case = Case("flash_msa", 128)
+        script = f"""sleep 0.5; echo '{worker.MARK}{{"a": 1}}'"""
+        lines, said = self.run(monkeypatch, tmp_path, script, case=case, case_seconds=0.1)
+        assert lines[1]["a"] == 1
+        assert said[0].startswith("flash-msa at 128 tokens: ")
+
+    def test_only_msa_runs_without_triton_products(self, monkeypatch, tmp_path):
+        script = f"""echo "{worker.MARK}{{\\"flags\\": \\"$XLA_FLAGS\\"}}\""""
+        monkeypatch.setenv("XLA_FLAGS", "--mine")
+        for case, flags in (
+            (tiny(), "--mine --xla_gpu_enable_triton_gemm=false"),
+            (Case("ceilings"), "--mine"),
+        ):
+            lines, _ = self.run(monkeypatch, tmp_path, script, case=case)
+            assert lines[-1]["flags"] == flags
 
     def test_no_case_begins_when_the_time_is_over(self, monkeypatch, tmp_path):
         lines, _ = self.run(monkeypatch, tmp_path, "exit 3", total_seconds=0)
@@ -418,6 +468,16 @@ class TestResults:
         last = [r for r in results.rows([first, again]) if r.precision == "int8"]
         assert [row.parts["both"].median_ms for row in last] == [5.0]
 
+    def test_a_process_that_ended_early_is_a_failure_until_all_its_kinds_are_there(self):
+        run = stored_run()
+        kinds = {"selections": ("random",), "precisions": ("native", "int8")}
+        case = dataclasses.asdict(Case("msa", 8192, **kinds))
+        done = run["records"][1] | {"case": case}
+        run["records"] = [run["records"][0], done, {"case": case, "error": "ended"}]
+        assert results.failures([run]) == ["msa at 8192 tokens: ended"]
+        run["records"].append(done | {"precision": "int8"})
+        assert results.failures([run]) == []
+
     def test_results_without_ceilings_or_of_another_kind_are_refused(self, tmp_path):
         run = stored_run()
         run["records"] = run["records"][1:]
@@ -458,6 +518,29 @@ class TestRendering:
         again = ["benchmark", f"--render={stem}.json", f"--output={stem}"]
         cli.run(benchmark.main, again)
         assert [file.read_bytes() for file in sorted(stem.parent.iterdir())] == before
+
+    def test_two_commands_into_one_file_are_one_page(self, tmp_path):
+        first, second = stored_run(), stored_run()
+        second["records"] = [
+            second["records"][0],
+            {
+                "case": dataclasses.asdict(Case("flash_attention_4", 8192)),
+                "timings": timings(both=3.0),
+                "peak_bytes": 10**9,
+            },
+        ]
+        second["environment"] |= {"command": "the other command"}
+        second["environment"] |= {"xla_flags": {"msa": "--some_flag"}}
+        lines = []
+        for run in (first, second):
+            lines += [{"environment": run["environment"]}, *run["records"]]
+        source = tmp_path / "run.jsonl"
+        source.write_text("\n".join(map(json.dumps, lines)))
+        page = report.page(results.load([source]), "run")
+        assert "| 2.00 | 1.50 | 8.00 |" in page
+        assert "`python -m experiments.benchmark`. Method" in page
+        assert "`the other command`. Method" in page
+        assert "XLA_FLAGS=--some_flag for msa" in page
 
     def test_results_in_the_documentation_are_up_to_date(self):
         for path in pathlib.Path("docs/benchmarks").glob("*.json"):
