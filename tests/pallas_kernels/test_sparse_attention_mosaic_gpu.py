@@ -153,6 +153,9 @@ CASES = {
     "documents with padding behind them": Case(
         num_keys=256, query_offset=70, documents=((0, 64), (64, 90), (128, 250)), top_k=4
     ),
+    "documents by union tiles": Case(
+        num_keys=256, query_offset=70, documents=((0, 64), (64, 90), (128, 250)), scheme="union"
+    ),
     "two chunks of two batch rows": Case(
         2,
         batch=2,
@@ -197,7 +200,7 @@ def test_every_query_picks_another_block_and_a_repeated_id_counts_once():
 
 def test_not_a_number_stays_with_the_queries_that_see_it():
     """In a key of block 0; what is picked of it is NaN, what is not stays finite."""
-    case = Case(density=0.6)
+    case = Case(density=0.5, num_keys=128, query_offset=64, top_k=1)
     (q, k, v), block_ids = case.inputs(), case.block_ids()
     k = k.at[0, 3].set(jnp.nan)
     o, lse = (np.asarray(x, np.float32) for x in run(case, q, k, v, block_ids))
@@ -220,7 +223,8 @@ def test_gradients_are_those_of_the_reference(caplog):
         return pullback((do, dlse))
 
     mosaic_gpu._report_backward.cache_clear()
-    with caplog.at_level(logging.INFO, "pallas_kernels"), interpreted():
+    # The output is not used, so that no kernel is left to be compiled.
+    with caplog.at_level(logging.INFO, "pallas_kernels"), traced_for(Target()):
         actual = compiled(gradients)(*arrays)
     assert caplog.text.count("backward pass runs as 'reference'") == 1
     exact = (np.asarray(x, np.float64) for x in (*arrays, case.mask(block_ids), do, dlse))
@@ -231,21 +235,26 @@ def test_gradients_are_those_of_the_reference(caplog):
         np.testing.assert_allclose(np.asarray(a, np.float64), e, atol=0.01 * np.abs(e).max())
 
 
-def test_the_cheaper_scheme_runs():
-    """Told by its bits: union tiles where neighbours agree, KV-outer where they share nothing."""
-    case = Case(num_keys=64 * 70, query_offset=64 * 69, density=1)
-    arrays = tuple(case.inputs())
-    apart = np.arange(64, dtype=np.int32)[None, None, :, None]
-    for block_ids, scheme in ((np.zeros_like(apart), "union"), (apart, "kv_outer")):
-        results = {
-            name: run(dataclasses.replace(case, scheme=name), *arrays, block_ids)
-            for name in SCHEMES
-        }
-        assert_close(results["union"], results["kv_outer"])
-        same = [
-            name for name in SCHEMES if (np.asarray(results[name][1] == results["auto"][1])).all()
-        ]
-        assert same == ["auto", scheme]
+@pytest.mark.parametrize("scheme", ["union", "kv_outer"])
+def test_the_cheaper_scheme_runs(scheme, monkeypatch):
+    """Union tiles where neighbours agree, KV-outer where they share nothing.
+
+    Both are marks here: what they compute is tested by itself.
+    """
+    for mark, name in enumerate(SCHEMES[1:]):
+
+        def attend(q, k, v, block_ids, query_offset, *, mark=mark, **_):
+            lse = (block_ids.sum(-1) + query_offset + mark / 4).astype(jnp.float32)
+            return q, jnp.repeat(lse, q.shape[2] // k.shape[2], axis=1)
+
+        monkeypatch.setattr(mosaic_gpu, name, attend)
+    case = Case(num_keys=64 * 70, query_offset=64 * 69, scheme="auto")
+    ids = np.zeros((1, 1, 64, 1), np.int32)
+    if scheme == "kv_outer":
+        ids += np.arange(64, dtype=np.int32)[:, None]
+    _, lse = run(case, *case.inputs(), ids)
+    expected = ids.sum(-1) + case.query_offset + SCHEMES[1:].index(scheme) / 4
+    np.testing.assert_array_equal(lse, np.repeat(expected, 16, axis=1))
 
 
 @pytest.mark.parametrize("num_queries", [100, 256])
@@ -372,13 +381,15 @@ def test_configs_stay_within_registers_and_shared_memory():
         assert config.shared_memory_bytes(128, 128) > SHARED_MEMORY_BYTES // 2
 
 
-SHAPES = [(g, d, b) for g in (8, 16, 32, 64) for d in (64, 128) for b in (64, 128)]
+# Wide heads and blocks take most registers.
+WIDE = [(g, 128, 128) for g in (8, 16, 32, 64)]
+NARROW = [(16, 64, 64), (16, 128, 64), (16, 64, 128)]
 
 
 @pytest.mark.parametrize(
     ("per_group", "head_dim", "block_size", "dtype", "prefetched"),
-    [(*shape, "bfloat16", 0) for shape in SHAPES]
-    + [(*shape, "float16", 16) for shape in SHAPES if shape[1:] == (128, 128)],
+    [(*shape, "bfloat16", 0) for shape in WIDE + NARROW]
+    + [(*shape, "float16", 16) for shape in WIDE],
 )
 def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtype, prefetched):
     def attend(q, k, v, queries, slices, num_slices):
@@ -401,7 +412,7 @@ def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtyp
 @pytest.mark.parametrize(
     ("per_group", "head_dim", "top_k", "dtype"),
     [(g, 128, 16, "bfloat16") for g in (8, 16, 32, 64)]
-    + [(g, 64, 3, "bfloat16") for g in (8, 16, 32, 64)]
+    + [(g, 64, 3, "bfloat16") for g in (8, 16)]
     + [(16, 128, 64, "float16")],
 )
 def test_combine_compiles_without_spills(per_group, head_dim, top_k, dtype):
@@ -427,15 +438,16 @@ def spill_bytes(fn, shapes):
 
 
 def test_both_schemes_of_a_default_call_compile_for_h100():
-    """64 query heads in 4 groups, 128 dims, 16 blocks of 128, four chunks of KV-outer's results."""
-    q, kv = (jax.ShapeDtypeStruct((1, 2**17, heads, 128), jnp.bfloat16) for heads in (64, 4))
-    ids = jax.ShapeDtypeStruct((1, 4, 2**17, 16), jnp.int32)
+    """64 query heads in 4 groups, 128 dims, 16 blocks of 128, in chunks of KV-outer's results."""
+    q, kv = (jax.ShapeDtypeStruct((1, 2**13, heads, 128), jnp.bfloat16) for heads in (64, 4))
+    ids = jax.ShapeDtypeStruct((1, 4, 2**13, 16), jnp.int32)
     attend = functools.partial(
         mosaic_gpu.sparse_attention,
         segment_ids=None,
         query_offset=0,
         block_size=128,
         scale=0.1,
+        config=SparseAttentionConfig(kv_outer=KVOuterConfig(partial_bytes=2**30)),
     )
     kernels = compile_for_h100(lambda *arrays: attend(*arrays), q, kv, kv, ids)
     assert len(kernels) == 3
