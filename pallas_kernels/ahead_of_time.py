@@ -68,16 +68,29 @@ def compile_for_h100(fn: Callable, *args: jax.ShapeDtypeStruct) -> tuple[KernelR
       *args: shapes and dtypes of its arguments.
 
     Returns:
-      The resources of each Mosaic GPU kernel in it. A kernel that takes more shared memory than a
-      thread block may have does not compile.
+      The resources of each Mosaic GPU kernel in it, in the order of compilation. A kernel that
+      takes more shared memory than a thread block may have does not compile.
+
+    Raises:
+      RuntimeError: the assembler reported fewer kernels than `fn` has, because some cache had them
+        compiled: nothing would be known of those.
     """
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in args]
     with traced_for(Target()), _assembler_report() as report:
-        jax.jit(fn).lower(*placed).compile()
-    return _parse(report[0])
+        lowered = jax.jit(fn).lower(*placed)
+        lowered.compile()
+    kernels = _parse(report[0])
+    # By hash, for XLA may merge calls of the same kernel.
+    number = len(set(re.findall('kernel_hash = "([^"]*)"', lowered.as_text())))
+    if len(kernels) < number:
+        raise RuntimeError(
+            f"the assembler reported {len(kernels)} of {number} kernels: turn the compilation "
+            "cache off, or compile them in a process of their own"
+        )
+    return kernels
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ahead_of_time
 from pallas_kernels.ahead_of_time import compile_for_h100
 from pallas_kernels.mosaic_gpu import SHARED_MEMORY_BYTES, matmul, swizzled
 
@@ -73,6 +74,18 @@ def test_every_kernel_of_a_function_is_reported():
     a, b = _operands(1)
     reports = compile_for_h100(both, a, b, _operands(2, columns=64)[1])
     assert sorted(kernel.name.split("_")[0] for kernel in reports) == ["first", "second"]
+
+
+def test_a_kernel_compiled_before_is_reported_again():
+    reports = [compile_for_h100(_products(1, columns=64), *_operands(1, 64)) for _ in range(2)]
+    assert len(reports[0]) == 1
+    assert reports[0] == reports[1]
+
+
+def test_a_kernel_missing_from_the_report_is_an_error(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "_parse", lambda report: ())
+    with pytest.raises(RuntimeError, match="reported 0 of 1 kernels: turn the compilation cache"):
+        compile_for_h100(_products(1, columns=64), *_operands(1, 64))
 
 
 def test_shared_memory_beyond_a_blocks_share_does_not_compile():
