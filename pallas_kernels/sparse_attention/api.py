@@ -31,6 +31,11 @@ def sparse_attention(
 
     The G = Hq / Hkv heads of a group share one selection. Differentiable in q, k and v.
 
+    A NaN or infinity in a key or value reaches the queries that see it. Which others it reaches
+    depends on the implementation, so keep padding finite: the reference multiplies every value, by
+    0 too; on a GPU it stays with the queries that selected the block, or with union tiles with
+    them and their neighbours (`docs/kernels.md`, section 5).
+
     Args:
       q: main queries; head h belongs to group h // G.
       k: main keys.
