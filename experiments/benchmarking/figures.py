@@ -73,7 +73,7 @@ def time_and_speedup(rows: Sequence[Row]) -> str:
 def _times(axes: Axes, rows: Sequence[Row]) -> None:
     for index, (name, title) in enumerate(BASELINES.items()):
         timed = [row for row in rows if row.case.subject == name]
-        look = {"color": _BASELINE_COLOUR, "linestyle": LINES[index], "marker": "d"}
+        look = {"color": _BASELINE_COLOUR, "linestyle": LINES[index], "marker": "dxP"[index]}
         _line(axes, timed, title, **look)
     for (selection, precision), series in _series(rows).items():
         _line(axes, series, _label(selection, precision), **_look(selection, precision))

@@ -60,7 +60,8 @@ def _tables(rows: Sequence[Row]) -> dict[str, Table]:
 
 def _time_table(msa: Sequence[Row], rows: Sequence[Row]) -> Table:
     header = ["tokens", "selection", "index", "select (ms)", "main (ms)", "both (ms)"]
-    header += ["fastest to slowest", "share of floor", *(f"x {t}" for t in BASELINES.values())]
+    header += ["both, fastest to slowest (ms)", "both, share of floor"]
+    header += [f"x {title}" for title in BASELINES.values()]
     lines = []
     for row in msa:
         both, found = row.parts["both"], results.speedups(row, rows)
@@ -89,7 +90,7 @@ def _rate_table(msa: Sequence[Row]) -> Table:
 
 def _check_table(msa: Sequence[Row]) -> Table:
     header = ["tokens", "selection", "index", "union of 4", "union of 8", "recall", "score gap"]
-    header += ["output error", "with selection's", "peak (GB)", "workspace (GB)"]
+    header += ["output error", "against exact selection", "peak (GB)", "workspace (GB)"]
     lines = []
     for row in msa:
         record, checked = row.record, row.record["checks"]
@@ -102,7 +103,7 @@ def _check_table(msa: Sequence[Row]) -> Table:
 
 
 def _baseline_table(baselines: Sequence[Row]) -> Table:
-    header = ["tokens", "baseline", "time (ms)", "fastest to slowest", "repeats", "TFLOP/s"]
+    header = ["tokens", "baseline", "time (ms)", "fastest to slowest (ms)", "repeats", "TFLOP/s"]
     header += ["peak (GB)"]
     lines = []
     for row in baselines:
@@ -150,13 +151,14 @@ to 1.9 K over 8, by its run's metrics and by `python -m experiments.capture_inpu
 
 Times are medians of device time over repeated chains of calls. The floor is the larger of useful
 FLOPs over the matmul ceiling and bytes over the copy ceiling, selection and main branch one after
-the other; an 8-bit index counts at twice the bf16 rate. A share of the floor is floor over time. A
-speed-up with * is over a dense time extrapolated by N² from the longest length it was measured at.
-Before it is timed, each case's sampled query rows are held to the exact selection (float32 scores)
-and to float64 attention, and two runs to each other bit for bit. The output error is that of the
-worst row, over the blocks that were selected; "with selection's" compares all sampled rows with
-attention over the exact selection, which is what an 8-bit index costs. Peak is a process's so far,
-all inputs included; workspace is what the compiled program takes beside arguments and results."""
+the other; an 8-bit index counts at twice the bf16 rate. A share of the floor is floor over time. "x
+cuDNN" is its time over that of both; with * it is extrapolated by N² from the longest length it was
+measured at. Before it is timed, each case's sampled query rows are held to the exact selection
+(float32 scores) and to float64 attention, and two runs to each other bit for bit. The output error
+is that of the worst row, over the blocks that were selected; "against exact selection" compares all
+sampled rows with attention over the exact selection, which is what an 8-bit index costs. Peak is a
+process's so far, all inputs included; workspace is what the compiled program takes beside arguments
+and results."""
 
 
 def _environment(environment: Record) -> str:
@@ -185,7 +187,7 @@ def _rates(part: Part) -> list[str]:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
 
 
 def _gb(value: int | None) -> str:

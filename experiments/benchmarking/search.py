@@ -49,7 +49,7 @@ KERNELS = {
         "select_blocks", {"queries_per_lane": (1, 2), "unroll": (4, 8, 16)}
     ),
     "sparse_attention.union": SearchSpace(
-        "sparse_attention", {"consumers": (2, 3), "key_tile": (64, 128), "ring": (4, 6, 8, 10)}
+        "sparse_attention", {"num_consumers": (2, 3), "key_tile": (64, 128), "ring": (4, 6, 8, 10)}
     ),
     "sparse_attention.kv_outer": SearchSpace(
         "sparse_attention",

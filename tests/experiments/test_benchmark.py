@@ -501,7 +501,7 @@ class TestRendering:
         assert cli.run(benchmark.main, arguments) == 1  # one of its cases failed
         assert results.load([stem.with_suffix(".json")]) == json.loads(json.dumps([run]))
         page = stem.with_suffix(".md").read_text()
-        assert "| 8K | random | bf16 | 0.3 | 1.7 | 2 | 2 to 2 |" in page
+        assert "| 8K | random | bf16 | 0.300 | 1.70 | 2.00 | 2.00 to 2.00 |" in page
         assert "| 2.00 | - | 8.00 |" in page
         assert "| 8.00* | - | - |" in page
         assert "CheckError: off" in page
@@ -541,6 +541,15 @@ class TestRendering:
         assert "`python -m experiments.benchmark`. Method" in page
         assert "`the other command`. Method" in page
         assert "XLA_FLAGS=--some_flag for msa" in page
+
+    @pytest.mark.parametrize(
+        ("milliseconds", "text"),
+        [(0.0471, "0.0471"), (2, "2.00"), (442.04, "442"), (999.7, "1000"), (27400.4, "27400")],
+    )
+    def test_times_keep_three_digits(self, milliseconds, text):
+        run = stored_run()
+        run["records"][2]["timings"] = timings(both=milliseconds)
+        assert f"| 8K | cuDNN | {text} |" in report.page([run], "run")
 
     def test_results_in_the_documentation_are_up_to_date(self):
         for path in pathlib.Path("docs/benchmarks").glob("*.json"):
