@@ -4,7 +4,7 @@ A full run is three commands, of some minutes each:
 
     python -m experiments.benchmark --lengths=8K,32K,128K --output=runs/benchmark/h100
     python -m experiments.benchmark --lengths=1M --baselines= --output=runs/benchmark/h100
-    python -m experiments.benchmark --lengths=1M --selections= --baselines=flash_attention_4 \
+    python -m experiments.benchmark --lengths=1M --selections= --baselines=flash_attention_4 \\
         --skip_dense_above=1M --output=runs/benchmark/h100
 
 Records are appended to OUTPUT.jsonl as they come, and OUTPUT.json, .md and .svg are written at the
