@@ -126,6 +126,34 @@ def swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.
     )
 
 
+def producer_registers(num_consumers: int) -> int:
+    """Registers per thread of the producer beside so many consumers."""
+    return 32 if num_consumers == 3 else 40
+
+
+def consumer_registers(num_consumers: int) -> int:
+    """Registers per thread of a consumer: its share of what the producer leaves, in eights."""
+    share = (REGISTERS_PER_LANE - producer_registers(num_consumers)) // num_consumers
+    return min(232, share // 8 * 8)
+
+
+def run_roles(
+    num_consumers: int, consume: Callable[[jax.Array], None], produce: Callable[[], None]
+) -> None:
+    """Runs consume(its number) in every warpgroup but the last, and produce() in that one."""
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < num_consumers)
+    def _():
+        plgpu.set_max_registers(consumer_registers(num_consumers), action="increase")
+        consume(warpgroup)
+
+    @pl.when(warpgroup == num_consumers)
+    def _():
+        plgpu.set_max_registers(producer_registers(num_consumers), action="decrease")
+        produce()
+
+
 def matmul(a, b, shape: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """a @ b of operands in shared memory, awaited."""
 

@@ -17,18 +17,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.mosaic_gpu import (
-    REGISTERS_PER_LANE,
     ROWS,
     SHARED_MEMORY_BYTES,
     current_target,
     full_rows,
     matmul,
+    run_roles,
 )
 
 # Blocks per group of the two-level selection.
 GROUP = 16
-# Left to the producer, which only starts copies.
-PRODUCER_REGISTERS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +62,6 @@ class ScoreConfig:
     def tile(self) -> int:
         """Queries per thread block."""
         return self.queries_per_warpgroup * self.num_consumers
-
-    @property
-    def consumer_registers(self) -> int:
-        """Per thread, a multiple of 8 with what the producer leaves."""
-        free = (REGISTERS_PER_LANE - PRODUCER_REGISTERS) // self.num_consumers
-        return min(232, free // 8 * 8)
 
     def check_shared_memory(self, block_size: int, index_dim: int, itemsize: int) -> None:
         """Raises ValueError if the tiles take more shared memory than a thread block has."""
@@ -251,41 +243,41 @@ def _score_tile(
     rest = rest[2:] if has_documents else rest
     scale_refs = rest[:2] if has_scales else None
     outputs = rest[2:] if has_scales else rest
-    warpgroup = lax.axis_index("warpgroup")
     tile = _place(q_ref, k_ref, offset_ref, chunk_ref, documents_refs, options, config)
-    num_steps = jnp.maximum(tile.end_block - tile.first_block, 0)
 
-    @pl.when(warpgroup < config.num_consumers)
-    def _():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
+    def consume(warpgroup):
         _consume(
             tile, warpgroup, q_ref, documents_refs, scale_refs, outputs, q_smem.at[warpgroup],
             k_smem, maxima_smem.at[warpgroup], q_arrived.at[warpgroup], k_arrived, k_consumed,
             options, config,
         )  # fmt: skip
 
-    @pl.when(warpgroup == config.num_consumers)
-    def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+    def produce():
+        _produce(tile, k_ref, k_smem, k_arrived, k_consumed, options.block_size, config.num_stages)
 
-        @pl.loop(0, num_steps)
-        def _(step):
-            stage = lax.rem(step, config.num_stages)
+    run_roles(config.num_consumers, consume, produce)
 
-            @pl.when(step >= config.num_stages)
-            def _():
-                plgpu.barrier_wait(k_consumed.at[stage])
 
-            start = (tile.first_block + step) * options.block_size
-            plgpu.copy_gmem_to_smem(
-                k_ref.at[tile.row, pl.ds(start, options.block_size)],
-                k_smem.at[stage],
-                k_arrived.at[stage],
-            )
+def _produce(tile, k_ref, k_smem, k_arrived, k_consumed, block_size, num_stages):
+    """Keeps the ring of key blocks full."""
+    num_steps = jnp.maximum(tile.end_block - tile.first_block, 0)
 
-        @pl.loop(jnp.maximum(num_steps - config.num_stages, 0), num_steps)
-        def _(step):  # every arrival must be waited for before the block ends
-            plgpu.barrier_wait(k_consumed.at[lax.rem(step, config.num_stages)])
+    @pl.loop(0, num_steps)
+    def _(step):
+        stage = lax.rem(step, num_stages)
+
+        @pl.when(step >= num_stages)
+        def _():
+            plgpu.barrier_wait(k_consumed.at[stage])
+
+        start = (tile.first_block + step) * block_size
+        plgpu.copy_gmem_to_smem(
+            k_ref.at[tile.row, pl.ds(start, block_size)], k_smem.at[stage], k_arrived.at[stage]
+        )
+
+    @pl.loop(jnp.maximum(num_steps - num_stages, 0), num_steps)
+    def _(step):  # every arrival must be waited for before the block ends
+        plgpu.barrier_wait(k_consumed.at[lax.rem(step, num_stages)])
 
 
 def _place(q_ref, k_ref, offset_ref, chunk_ref, documents_refs, options, config) -> _Tile:

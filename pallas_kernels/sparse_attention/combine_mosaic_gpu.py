@@ -20,17 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import (
     MATRIX,
-    REGISTERS_PER_LANE,
     ROWS,
     SHARED_MEMORY_BYTES,
     by_rows,
     current_target,
+    run_roles,
     swizzled,
 )
 
 TILE_ROWS = 64
-
-_PRODUCER_REGISTERS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +54,6 @@ class CombineConfig:
         for field in ("num_slots", "num_thread_blocks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-
-    @property
-    def consumer_registers(self) -> int:
-        """Per thread: an equal share of what the producer leaves, a multiple of 8."""
-        share = (REGISTERS_PER_LANE - _PRODUCER_REGISTERS) // self.num_consumers
-        return min(232, share // 8 * 8)
 
     def fitted(self, head_dim: int, top_k: int) -> "CombineConfig":
         """This shape with as many slots as shared memory has room for beside the log-sum-exps.
@@ -126,6 +118,7 @@ def combine(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=target.interpret,
+        kernel_name="combine",
     )(
         partial,
         places.reshape(sizes.total, top_k * per_tile),
@@ -212,17 +205,11 @@ def _kernel(
     """Runs a consumer in each warpgroup but the last, which is the producer."""
     smem = _Scratch(*scratch)
     block = _ThreadBlock(partial, places, partial_lse, o, first_query, lse, smem, sizes, config)
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < config.num_consumers)
-    def _():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
-        _consume(block, warpgroup)
-
-    @pl.when(warpgroup == config.num_consumers)
-    def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(block)
+    run_roles(
+        config.num_consumers,
+        functools.partial(_consume, block),
+        functools.partial(_produce, block),
+    )
 
 
 def _num_turns(block: _ThreadBlock, consumer):

@@ -21,13 +21,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import (
     MATRIX,
-    REGISTERS_PER_LANE,
     ROWS,
     SHARED_MEMORY_BYTES,
     Target,
     by_rows,
     current_target,
     matmul,
+    run_roles,
     swizzled,
 )
 from pallas_kernels.sparse_attention.reverse_index import (
@@ -44,9 +44,6 @@ from pallas_kernels.sparse_attention.streaming_mosaic_gpu import copy_streaming
 
 # Rows of a tile: what one warpgroup multiplies at a time.
 TILE_ROWS = 64
-
-# Registers per thread that leave the rest of the 512 per lane to the consumers.
-_PRODUCER_REGISTERS = 32
 
 _LOG2_E = math.log2(math.e)
 
@@ -85,12 +82,6 @@ class AttentionConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
         if not 0 <= self.prefetched_queries <= 64:
             raise ValueError(f"prefetched_queries={self.prefetched_queries} must be 0 to 64")
-
-    @property
-    def consumer_registers(self) -> int:
-        """Per thread, a multiple of 8: an equal share of what the producer leaves."""
-        share = (REGISTERS_PER_LANE - _PRODUCER_REGISTERS) // self.num_consumers
-        return min(232, share // 8 * 8)
 
     def shared_memory_bytes(self, head_dim: int, block_size: int) -> int:
         """Shared memory of a thread block for 16-bit inputs, without barriers."""
@@ -160,6 +151,7 @@ def partial_attention(
         # Rows are reduced within four lanes, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=target.interpret,
+        kernel_name="partial_attention",
     )(q, k, v, index.queries, index.slices, index.num_slices)
     return o.reshape(-1, per_group, head_dim), lse.reshape(-1, per_group)
 
@@ -243,18 +235,11 @@ def _kernel(statics: _Statics, q, k, v, queries, slices, num_slices, o, lse, *sc
     """Runs a consumer in each warpgroup but the last, which is the producer."""
     smem = _Scratch(*scratch)
     block = _ThreadBlock(q, k, v, queries, slices, num_slices, o, lse, smem, statics)
-    config = statics.config
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < config.num_consumers)
-    def _():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
-        _consume(block, warpgroup)
-
-    @pl.when(warpgroup == config.num_consumers)
-    def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(block)
+    run_roles(
+        statics.config.num_consumers,
+        functools.partial(_consume, block),
+        functools.partial(_produce, block),
+    )
 
 
 def _for_each_slice(block: _ThreadBlock, visit):

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import (
     MATRIX,
-    REGISTERS_PER_LANE,
     ROWS,
     SHARED_MEMORY_BYTES,
     Target,
@@ -29,6 +28,7 @@ from pallas_kernels.mosaic_gpu import (
     full_rows,
     matmul,
     matmul_add,
+    run_roles,
     swizzled,
 )
 from pallas_kernels.sparse_attention.union_tiles import (
@@ -50,18 +50,20 @@ class UnionConfig:
     """How the union kernel uses a core.
 
     Attributes:
-      consumers: warpgroups that compute, 64 rows each.
+      num_consumers: warpgroups that compute, 64 rows each.
       key_tile: keys per step of the online softmax, 64 or 128, a divisor of the block size.
       ring: tiles of `key_tile` keys or values in flight, at least 2.
     """
 
-    consumers: int = 3
+    num_consumers: int = 3
     key_tile: int = 128
     ring: int = 5
 
     def __post_init__(self):
-        if not 1 <= self.consumers <= 3:
-            raise ValueError(f"consumers={self.consumers} must be 1 to 3: registers end there")
+        if not 1 <= self.num_consumers <= 3:
+            raise ValueError(
+                f"num_consumers={self.num_consumers} must be 1 to 3: registers end there"
+            )
         if self.key_tile not in (64, 128):
             raise ValueError(f"key_tile={self.key_tile} must be 64 or 128")
         if self.ring < 2:
@@ -71,21 +73,11 @@ class UnionConfig:
     def for_block(cls, block_size: int, head_dim: int) -> "UnionConfig":
         """The form for a shape without tuned values: whole blocks, as many as fit in flight."""
         ring = min(10, 160 * 1024 // (block_size * head_dim * 2))
-        return cls(consumers=3, key_tile=block_size, ring=ring)
-
-    @property
-    def consumer_registers(self) -> int:
-        """Registers per thread of a consumer."""
-        return min((REGISTERS_PER_LANE - self.producer_registers) // self.consumers // 8 * 8, 232)
-
-    @property
-    def producer_registers(self) -> int:
-        """Registers per thread of the producer."""
-        return 32 if self.consumers == 3 else 40
+        return cls(num_consumers=3, key_tile=block_size, ring=ring)
 
     def queries(self, group_size: int) -> int:
         """R: queries per tile, for `group_size` query heads per KV head."""
-        return self.consumers * (WARPGROUP_ROWS // padded_group(group_size))
+        return self.num_consumers * (WARPGROUP_ROWS // padded_group(group_size))
 
 
 def padded_group(group_size: int) -> int:
@@ -121,7 +113,7 @@ class _Problem:
     @property
     def per_tile(self) -> int:
         """Queries per thread block."""
-        return self.per_warpgroup * self.config.consumers
+        return self.per_warpgroup * self.config.num_consumers
 
     @property
     def num_tiles(self) -> int:
@@ -136,10 +128,10 @@ class _Problem:
     def shared_memory_bytes(self) -> int:
         """What the buffers and barriers of `_kernel` take."""
         item = self.dtype.itemsize
-        rows = self.config.consumers * WARPGROUP_ROWS
+        rows = self.config.num_consumers * WARPGROUP_ROWS
         ring = self.config.ring * self.config.key_tile
         buffers = rows * self.head_dim * item, ring * self.head_dim * item, rows * 4
-        barriers = self.config.consumers + 1 + 2 * self.config.ring
+        barriers = self.config.num_consumers + 1 + 2 * self.config.ring
         aligned = sum(-(-size // 1024) * 1024 for size in (*buffers, 8 * self.list_length))
         return aligned + 8 * barriers
 
@@ -254,29 +246,27 @@ def _kernel(problem: _Problem, target: Target):
     config, group, head_dim = problem.config, problem.group, problem.head_dim
     transforms = swizzled(problem.dtype)
     shape = problem.batch, problem.num_queries, problem.kv_heads, group, head_dim
-    rows = problem.batch, problem.kv_heads, problem.num_tiles, config.consumers, WARPGROUP_ROWS
+    rows = problem.batch, problem.kv_heads, problem.num_tiles, config.num_consumers, WARPGROUP_ROWS
     ring = config.ring, config.key_tile, head_dim
     scratch = [
         plgpu.SMEM(
-            (config.consumers, WARPGROUP_ROWS, head_dim), problem.dtype, transforms=transforms
+            (config.num_consumers, WARPGROUP_ROWS, head_dim), problem.dtype, transforms=transforms
         ),
         plgpu.SMEM(ring, problem.dtype, transforms=transforms),
-        plgpu.SMEM((config.consumers, WARPGROUP_ROWS), jnp.float32),
+        plgpu.SMEM((config.num_consumers, WARPGROUP_ROWS), jnp.float32),
         plgpu.SMEM((2, problem.list_length), jnp.int32),
-        plgpu.Barrier(num_arrivals=problem.per_warpgroup, num_barriers=config.consumers),
+        plgpu.Barrier(num_arrivals=problem.per_warpgroup, num_barriers=config.num_consumers),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=config.ring),
-        plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.ring),
+        plgpu.Barrier(num_arrivals=config.num_consumers, num_barriers=config.ring),
     ]
     if target.interpret is not None:
-        staging = config.consumers, WARPGROUP_ROWS, config.key_tile
+        staging = config.num_consumers, WARPGROUP_ROWS, config.key_tile
         scratch.append(plgpu.SMEM(staging, problem.dtype, transforms=transforms))
 
     def body(*refs):
-        warpgroup = lax.axis_index("warpgroup")
         block = _ThreadBlock(problem, target, *refs)
-        pl.when(warpgroup < config.consumers)(functools.partial(block.consume, warpgroup))
-        pl.when(warpgroup == config.consumers)(block.produce)
+        run_roles(config.num_consumers, block.consume, block.produce)
 
     return plgpu.kernel(
         body,
@@ -289,11 +279,12 @@ def _kernel(problem: _Problem, target: Target):
         # keys and values in the L2 cache.
         grid=(problem.batch, problem.kv_heads, problem.num_tiles),
         grid_names=("batch", "group", "tile"),
-        num_threads=config.consumers + 1,
+        num_threads=config.num_consumers + 1,
         thread_name="warpgroup",
         # Row sums and maxima stay within a warp.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=target.interpret or False,
+        interpret=target.interpret,
+        kernel_name="union",
     )
 
 
@@ -315,7 +306,6 @@ class _ThreadBlock:
     def produce(self):
         """Loads the list of blocks, then their keys and values as the ring has room."""
         problem, config = self.problem, self.problem.config
-        plgpu.set_max_registers(config.producer_registers, action="decrease")
         here = self.batch, self.group, self.tile
         plgpu.copy_gmem_to_smem(self.lists.at[here], self.blocks, self.list_loaded)
         count = self.counts[here]
@@ -355,7 +345,6 @@ class _ThreadBlock:
     def consume(self, warpgroup):
         """Attends the tile's blocks for 64 rows and writes their outputs."""
         problem = self.problem
-        plgpu.set_max_registers(problem.config.consumer_registers, action="increase")
         first = self.tile * problem.per_tile + warpgroup * problem.per_warpgroup
 
         @pl.loop(0, problem.per_warpgroup)

@@ -10,7 +10,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import select_blocks, sparse_attention
-from pallas_kernels.mosaic_gpu import Target, traced_for
+from pallas_kernels.mosaic_gpu import (
+    REGISTERS_PER_LANE,
+    Target,
+    consumer_registers,
+    producer_registers,
+    traced_for,
+)
 
 BLOCK_SIZE, TOP_K = 64, 2
 
@@ -89,3 +95,10 @@ def test_what_does_not_vary_runs_in_a_shard_map():
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(run, in_specs=P(), out_specs=P())
         assert "mosaic_gpu" in lowered(mapped, *tensors(), *places())
+
+
+@pytest.mark.parametrize("num_consumers", [1, 2, 3])
+def test_roles_share_the_registers_of_a_core(num_consumers):
+    used = num_consumers * consumer_registers(num_consumers) + producer_registers(num_consumers)
+    assert 0 < used <= REGISTERS_PER_LANE
+    assert consumer_registers(num_consumers) % 8 == 0

