@@ -12,34 +12,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from experiments.benchmarking import results
 from experiments.benchmarking.cases import BASELINES, MSA, PRECISIONS, SELECTIONS
 from experiments.benchmarking.results import Row, Speedup
-from msa_jax.eval.figures import LINES, MARKERS, SERIES, THEME, short_length
+from msa_jax.eval.figures import LINES, MARKERS, SERIES, STYLE, THEME, short_length
 
 _INK, _GRID = THEME["ink"][0], THEME["grid"][0]
 _BASELINE_COLOUR = "#6b7280"
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "msa",  # equal data, equal file
-    "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 3.2,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-}
 
 
 def time_and_speedup(rows: Sequence[Row]) -> str:
@@ -50,7 +26,7 @@ def time_and_speedup(rows: Sequence[Row]) -> str:
     Args:
       rows: of `results.rows`, at least one of MSA.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**STYLE, "legend.fontsize": 8.5}):
         figure = Figure(figsize=(10.5, 5.2), layout="constrained", facecolor="white")
         times, factors = figure.subplots(1, 2)
         lengths = sorted({row.case.length for row in rows})

@@ -41,7 +41,7 @@ SELECTED, LOCAL, UNSELECTED = "#2b86c5", "#e69f00", "#8c96a05c"
 NOT_VISIBLE, VISIBLE, KEPT, OWN = range(4)
 
 _INK, _GRID = THEME["ink"][0], THEME["grid"][0]
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "msa",  # equal data, equal file
     "font.family": "sans-serif",
@@ -322,7 +322,7 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def _style():
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib.rc_context(STYLE)
 
 
 def _look(index: int) -> dict[str, Any]:
