@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarking import report, results, runner
+from experiments.benchmarking import provenance, report, results, runner, timing
 from experiments.benchmarking.cases import BASELINES, PRECISIONS, SELECTIONS, parse_length, plan
 
 _DEFAULT_LENGTHS = "8K,32K,128K,1M"
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _time(values: flags.FlagValues, output: pathlib.Path, arguments: Sequence[str]) -> None:
-    found = runner.gpu()
+    found = provenance.gpu()
     if found is None or not found["compute_cap"].startswith("9."):
         name = found["name"] if found else "none"
         raise cli.UsageError(
@@ -78,7 +78,12 @@ def _time(values: flags.FlagValues, output: pathlib.Path, arguments: Sequence[st
     runner.run(
         cases,
         output.with_suffix(".jsonl"),
-        runner.environment(arguments),
+        provenance.environment(
+            "experiments.benchmark",
+            arguments,
+            method=timing.METHOD,
+            xla_flags=runner.XLA_FLAGS,
+        ),
         case_seconds=values.case_seconds,
         total_seconds=values.total_seconds,
         report=lambda line: print(line, flush=True),

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarking import runner
+from experiments.benchmarking import provenance
 from experiments.checking import processes
-from experiments.checking.cases import groups
+from experiments.checking.groups import groups
 from experiments.checking.judgement import Record
 
 _METHOD = (
@@ -34,7 +34,7 @@ _METHOD = (
 def main(argv: Sequence[str]) -> int:
     """Runs the groups, prints a line per case and writes the JSON."""
     values = cli.parse(argv, _define_flags, usage=__doc__ or "")
-    found = runner.gpu()
+    found = provenance.gpu()
     if found is None or not found["compute_cap"].startswith("9."):
         name = found["name"] if found else "none"
         raise cli.UsageError(
@@ -73,8 +73,9 @@ def _bar(bar: float | None) -> str:
 
 
 def _write(folder: pathlib.Path, arguments: Sequence[str], records: Sequence[Record]) -> None:
-    command = " ".join(["python -m experiments.check_kernels", *arguments])
-    environment = runner.environment(arguments) | {"command": command, "method": _METHOD}
+    environment = provenance.environment(
+        "experiments.check_kernels", arguments, method=_METHOD, xla_flags=processes.XLA_FLAGS
+    )
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment, "records": list(records)}, indent=1)
     (folder / "checks.json").write_text(text + "\n", encoding="utf-8")

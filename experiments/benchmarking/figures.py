@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from experiments.benchmarking import results
-from experiments.benchmarking.cases import BASELINES, MSA, PRECISIONS, SELECTIONS
-from experiments.benchmarking.results import Row, Speedup
+from experiments.benchmarking import summary
+from experiments.benchmarking.cases import BASELINES, DENSE, MSA, PRECISIONS, SELECTIONS
+from experiments.benchmarking.results import Row
+from experiments.benchmarking.summary import Speedup
 from msa_jax.eval.figures import LINES, MARKERS, SERIES, STYLE, THEME, short_length
 
 _INK, _GRID = THEME["ink"][0], THEME["grid"][0]
@@ -73,8 +74,8 @@ def _speedups(axes: Axes, rows: Sequence[Row]) -> None:
     for (selection, precision), series in _series(rows).items():
         look, points = _look(selection, precision), []
         for row in series:
-            found = results.speedups(row, rows)
-            dense = [found[name] for name in results.DENSE if name in found]
+            found = summary.speedups(row, rows)
+            dense = [found[name] for name in DENSE if name in found]
             if dense:
                 points.append((row.case.length, min(dense, key=lambda speedup: speedup.factor)))
         axes.plot(*_xy(points), **look)

@@ -1,23 +1,16 @@
-"""The cases that run in jax: MSA, cuDNN and the ceilings of the device."""
+"""The ceilings of the device and cuDNN, in jax; and what its cases report alike."""
 
-import concurrent.futures
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.benchmarking import checks
 from experiments.benchmarking.cases import Case, phase
 from experiments.benchmarking.inputs import (
-    IndexInputs,
-    MainInputs,
-    index_inputs,
     main_inputs,
-    mean_union,
 )
-from experiments.benchmarking.programs import Programs, begin_compiling
+from experiments.benchmarking.programs import Programs
 from experiments.benchmarking.timing import jax_chain, repeat
 
 Record = dict[str, Any]
@@ -59,117 +52,7 @@ def cudnn(case: Case) -> Iterator[Record]:
     compiled = jax.jit(attend).lower(*arrays).compile()
     phase("time both")
     timing = repeat(jax_chain(lambda: compiled(*arrays)), case.repeats)
-    yield {"timings": {"both": timing.asdict()}, **_memory({"both": compiled})}
-
-
-def msa(case: Case) -> Iterator[Record]:
-    """Selection, main branch and both, one record for each kind of selection and precision."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        phase("start jax")
-        jax.devices()
-        begun = begin_compiling(case, pool)
-        phase("draw queries, keys, values")
-        arrays = jax.block_until_ready(main_inputs(case))
-        phase("compile")
-    # The end of the pool is that of compiling: nothing runs beside what is timed.
-    for selection in case.selections:
-        oracle = None
-        for precision, parts in begun.items():
-            record = {"selection": selection, "precision": precision}
-            try:
-                programs = {name: part.result() for name, part in parts.items()}
-                oracle = oracle or _oracle(case, arrays, selection)
-                yield record | _msa(case, arrays, oracle, programs, exact=precision == "native")
-            except Exception as error:  # the other kinds may still run; jax has no class for all
-                yield record | {"error": describe(error)}
-
-
-class _Oracle(NamedTuple):
-    """What sampled rows are held to, for one kind of selection.
-
-    Attributes:
-      index: the index inputs.
-      rows: query positions [R].
-      scores: of `checks.exact_block_scores`.
-      ids: the exact selection of the rows, [R, Hkv, K].
-      attention: output and log-sum-exp over it.
-    """
-
-    index: IndexInputs
-    rows: np.ndarray
-    scores: np.ndarray
-    ids: np.ndarray
-    attention: tuple[np.ndarray, np.ndarray]
-
-
-def _oracle(case: Case, arrays: MainInputs, selection: str) -> _Oracle:
-    phase(f"draw {selection} index")
-    index = jax.block_until_ready(index_inputs(case, selection))
-    phase(f"oracle of {selection}")
-    rows = checks.sample_rows(case)
-    scores = checks.exact_block_scores(index.index_q, index.index_k, rows, case.block_size)
-    ids = checks.exact_choice(scores, rows, case)
-    attention = checks.exact_attention(*arrays, ids, rows, case.block_size)
-    return _Oracle(index, rows, scores, ids, attention)
-
-
-def _msa(
-    case: Case, arrays: MainInputs, oracle: _Oracle, programs: Programs, *, exact: bool
-) -> Record:
-    phase("check")
-    index = oracle.index
-    block_ids = programs["selection"](*index)
-    host_ids = np.asarray(block_ids)
-    checked = _check(case, arrays, oracle, block_ids, host_ids, programs, exact=exact)
-    calls: dict[str, Callable[[], Any]] = {
-        "selection": lambda: programs["selection"](*index),
-        "main": lambda: programs["main"](*arrays, block_ids),
-        "both": lambda: programs["both"](*arrays, *index),
-    }
-    timings = {}
-    for name, call in calls.items():
-        phase(f"time {name}")
-        timings[name] = repeat(jax_chain(call), case.repeats).asdict()
-    phase("union and memory")
-    first = case.top_k * case.block_size
-    return {
-        "timings": timings,
-        "checks": checked,
-        "union": {str(n): mean_union(host_ids, n, first) for n in (4, 8)},
-        **_memory(programs),
-    }
-
-
-def _check(
-    case: Case,
-    arrays: MainInputs,
-    oracle: _Oracle,
-    block_ids: jax.Array,
-    host_ids: np.ndarray,
-    programs: Programs,
-    *,
-    exact: bool,
-) -> Record:
-    """Sampled rows of the first sequence against the oracle, and two runs against each other."""
-    rows = oracle.rows
-    ids = host_ids[0][:, rows].swapaxes(0, 1)
-    record: Record = checks.check_selection(ids, oracle.scores, rows, case.block_size, exact=exact)
-
-    o, lse = programs["main"](*arrays, block_ids)
-    sampled = np.asarray(checks.sampled(o, rows))
-    expected = oracle.attention
-    if not np.array_equal(ids, oracle.ids):
-        expected = checks.exact_attention(*arrays, ids, rows, case.block_size)
-    record |= checks.check_output(sampled, np.asarray(lse)[0][:, rows].T, expected)
-    record["error_of_selection"] = checks.overall_error(sampled, oracle.attention[0])
-
-    phase("compare two runs")
-    once = int(checks.digest(o))
-    o = lse = None
-    again = int(checks.digest(programs["both"](*arrays, *oracle.index)[0]))
-    if once != again:
-        raise checks.CheckError("two runs over the same inputs differ")
-    return record | {"rows": len(rows), "two_runs_equal": True}
+    yield {"timings": {"both": timing.asdict()}, **memory({"both": compiled})}
 
 
 def describe(error: Exception) -> str:
@@ -181,7 +64,7 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     return repeat(jax_chain(call), repeats).median_ms / 1e3
 
 
-def _memory(programs: Programs) -> Record:
+def memory(programs: Programs) -> Record:
     """The process's peak so far, and what each program takes beside arguments and results."""
     statistics = jax.devices()[0].memory_stats() or {}
     analyses = {name: program.memory_analysis() for name, program in programs.items()}

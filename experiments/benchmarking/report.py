@@ -8,7 +8,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments.benchmarking import figures, results
+from experiments.benchmarking import figures, results, summary
 from experiments.benchmarking.cases import BASELINES, MSA
 from experiments.benchmarking.results import Part, Row
 from msa_jax.eval.figures import short_length
@@ -25,7 +25,7 @@ def write(runs: Sequence[Record], stem: pathlib.Path) -> None:
       stem: path without a suffix.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    results.save(runs, stem.with_suffix(".json"))
+    summary.save(runs, stem.with_suffix(".json"))
     rows = results.rows(runs)
     if any(row.case.subject == MSA for row in rows):
         picture = figures.time_and_speedup(rows)
@@ -64,7 +64,7 @@ def _time_table(msa: Sequence[Row], rows: Sequence[Row]) -> Table:
     header += [f"x {title}" for title in BASELINES.values()]
     lines = []
     for row in msa:
-        both, found = row.parts["both"], results.speedups(row, rows)
+        both, found = row.parts["both"], summary.speedups(row, rows)
         line = [*_head(row), *(_ms(row.parts[name].median_ms) for name in results.PARTS)]
         line += [f"{_ms(both.min_ms)} to {_ms(both.max_ms)}", f"{both.share:.0%}"]
         for name in BASELINES:

@@ -1,10 +1,4 @@
-"""From records to a table: work, floors and speed-ups. Pure; needs no GPU.
-
-The floor of a part is the larger of its useful FLOPs over the matmul rate and its bytes over the
-copy bandwidth, both measured in the same run; an 8-bit product runs at twice the bf16 rate on
-NVIDIA's tensor cores. Useful work is what the definition needs: every causal pair scored once,
-every visible token of a selected block attended once, every array read or written once.
-"""
+"""From records to rows: what was measured, and what failed. Pure; needs no GPU."""
 
 import dataclasses
 import itertools
@@ -13,41 +7,16 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.benchmarking.cases import BASELINES, CEILINGS, DENSE, MSA, Case
-from msa_jax.cost import attention_flops, causal_pairs
+from experiments.benchmarking.cases import CEILINGS, DENSE, Case
+from experiments.benchmarking.work import Ceilings, Work, work
 
 Record = dict[str, Any]
 
 PARTS = ("selection", "main", "both")
-_FIELDS_BYTES = 2, 4  # bf16, and int32 or float32
 
 
 class ResultError(ValueError):
     """A file of results that cannot be reported."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What one call must do at the least."""
-
-    flops: int
-    bytes: int
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """Rates of the device: FLOP/s of a large bf16 matmul, bytes/s of a large copy."""
-
-    matmul_flops: float
-    copy_bytes: float
-
-    def floor_ms(self, work: Work, *, eight_bit: bool = False) -> float:
-        """The shortest time for this work, in milliseconds."""
-        rate = self.matmul_flops * (2 if eight_bit else 1)
-        return 1e3 * max(work.flops / rate, work.bytes / self.copy_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +64,6 @@ class Row:
     record: Record
 
 
-@dataclasses.dataclass(frozen=True)
-class Speedup:
-    """Times faster than a baseline, and the length its time is extrapolated from (0: measured)."""
-
-    factor: float
-    extrapolated_from: int = 0
-
-
 def load(paths: Sequence[pathlib.Path]) -> list[Record]:
     """The runs of result files: each an environment and its records.
 
@@ -120,12 +81,6 @@ def load(paths: Sequence[pathlib.Path]) -> list[Record]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResultError(f"{path}: not a result of experiments.benchmark: {error}") from error
     return runs
-
-
-def save(runs: Sequence[Record], path: pathlib.Path) -> None:
-    """Writes runs as one JSON file, with the figures that the table shows computed in."""
-    text = json.dumps({"runs": list(runs), "summary": summary(runs)}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def ceilings(runs: Iterable[Record]) -> Ceilings:
@@ -177,79 +132,6 @@ def _wanted(case: Case) -> set[tuple[str, str, str]]:
     """The rows that a case is to yield: label, selection, precision."""
     kinds = itertools.product(case.selections or ("",), case.precisions or ("",))
     return {(case.label, *kind) for kind in kinds}
-
-
-def speedups(row: Row, all_rows: Sequence[Row]) -> dict[str, Speedup]:
-    """How many times faster than each baseline, at the same length.
-
-    A dense baseline that was not timed there is extrapolated by N^2 from the longest length it was
-    timed at; flash-msa is not of one power and is left out.
-    """
-    found = {}
-    for name in BASELINES:
-        timed = {r.case.length: r.parts["both"] for r in all_rows if r.case.subject == name}
-        length = row.case.length
-        if length in timed:
-            found[name] = Speedup(timed[length].median_ms / row.parts["both"].median_ms)
-        elif name in DENSE and timed and max(timed) < length:
-            known = max(timed)
-            longer = timed[known].median_ms * (length / known) ** 2
-            found[name] = Speedup(longer / row.parts["both"].median_ms, known)
-    return found
-
-
-def summary(runs: Sequence[Record]) -> list[Record]:
-    """What the table shows, as plain values."""
-    every = rows(runs)
-    return [
-        {
-            "subject": row.case.subject,
-            "length": row.case.length,
-            "selection": row.selection,
-            "precision": row.precision,
-            "parts": {
-                name: {
-                    "median_ms": part.median_ms,
-                    "floor_ms": part.floor_ms,
-                    "share_of_floor": part.share,
-                    "teraflops": part.teraflops,
-                    "terabytes_per_second": part.terabytes,
-                }
-                for name, part in row.parts.items()
-            },
-            "speedup": {
-                name: {
-                    "factor": speedup.factor,
-                    "note": f"extrapolated N^2 from {speedup.extrapolated_from}"
-                    if speedup.extrapolated_from
-                    else "measured",
-                }
-                for name, speedup in speedups(row, every).items()
-                if row.case.subject == MSA
-            },
-        }
-        for row in every
-    ]
-
-
-def work(case: Case, part: str) -> Work:
-    """What a part of a case must compute and move; "both" of a dense baseline is all of it."""
-    half, word = _FIELDS_BYTES
-    tokens = case.batch * case.length
-    queries = tokens * case.num_heads * case.head_dim * half
-    keys = tokens * case.num_kv_heads * case.head_dim * half
-    if case.subject in DENSE:
-        pairs = case.batch * causal_pairs(case.length)
-        return Work(4 * case.num_heads * case.head_dim * pairs, 2 * (queries + keys))
-    flops = attention_flops(case.attention, case.length)
-    ids = tokens * case.num_kv_heads * case.top_k * word
-    selection = Work(
-        case.batch * flops.index, tokens * (case.num_kv_heads + 1) * case.index_dim * half + ids
-    )
-    main = Work(
-        case.batch * flops.main, 2 * (queries + keys) + tokens * case.num_heads * word + ids
-    )
-    return {"selection": selection, "main": main, "both": selection + main}[part]
 
 
 def _part(case: Case, name: str, timing: Record, precision: str, rates: Ceilings) -> Part:

@@ -1,8 +1,6 @@
 """Runs cases one after another in processes of their own and keeps every record as it comes."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -19,55 +17,9 @@ Record = dict[str, Any]
 
 # Autotuning Triton kernels around the float32 products of the oracle takes XLA half a minute. The
 # ceilings keep whatever is fastest.
-_XLA_FLAGS = {MSA: "--xla_gpu_enable_triton_gemm=false"}
+XLA_FLAGS = {MSA: "--xla_gpu_enable_triton_gemm=false"}
 # Beside `case_seconds`, for what compiles for minutes at its first call.
 _FIRST_CALL_SECONDS = {"flash_msa": 120.0}
-
-_PACKAGES = (
-    "jax",
-    "jax-cuda13-plugin",
-    "torch",
-    "triton",
-    "nvidia-cudnn-cu13",
-    "nvidia-cutlass-dsl",
-    "flash-attn-4",
-    "flash-msa",
-)
-_GPU = ("name", "driver_version", "compute_cap", "power.limit", "clocks.max.sm", "memory.total")
-
-
-def gpu() -> dict[str, str] | None:
-    """The first GPU as `nvidia-smi` describes it, or None where there is none.
-
-    Asked of the driver and not of jax, which would take the GPU's memory in this process.
-    """
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    values = output.splitlines()[0].split(", ") if output.strip() else []
-    return dict(zip(_GPU, values, strict=True)) if len(values) == len(_GPU) else None
-
-
-def environment(argv: Sequence[str]) -> Record:
-    """What a run's numbers depend on: device, versions, command, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-    )
-    return {
-        "gpu": gpu(),
-        "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "command": " ".join(["python -m experiments.benchmark", *argv]),
-        "commit": os.environ.get("BENCHMARK_COMMIT") or commit.stdout.strip() or None,
-        "xla_flags": _XLA_FLAGS,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "method": (
-            "device time per call of chained calls: one wait at the end of calls queued for 0.1 s "
-            "(jax, host clock) or CUDA events around them (PyTorch); medians over repeated chains"
-        ),
-    }
 
 
 def run(
@@ -136,7 +88,7 @@ def _records(case: Case, seconds: float) -> Iterator[Record]:
         yield {"error": "not run: the run's time was over"}
         return
     command = [sys.executable, "-m", "experiments.benchmarking.worker"]
-    flags = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), _XLA_FLAGS.get(case.subject)]))
+    flags = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), XLA_FLAGS.get(case.subject)]))
     tail, failed, phases = [], False, _Phases(case.label)
     with subprocess.Popen(
         [*command, json.dumps(dataclasses.asdict(case))],
@@ -164,10 +116,3 @@ def _records(case: Case, seconds: float) -> Iterator[Record]:
         doing = phases.name
         error = f"{reason}, in its phase {doing!r}: {' | '.join(tail)[-800:]}"
         yield {"error": error.rstrip(": "), "phases": phases.take()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

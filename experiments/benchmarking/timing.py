@@ -14,6 +14,10 @@ from typing import Any
 
 import jax
 
+METHOD = (
+    "device time per call of chained calls: one wait at the end of calls queued for 0.1 s (jax, "
+    "host clock) or CUDA events around them (PyTorch); medians over repeated chains"
+)
 CHAIN_SECONDS = 0.1
 # What repeating one measurement may take: long calls are repeated less, and the record says so.
 REPEAT_SECONDS = 4.0

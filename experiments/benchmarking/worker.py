@@ -8,13 +8,13 @@ import json
 import sys
 from collections.abc import Sequence
 
-from experiments.benchmarking import jax_worker, torch_worker
+from experiments.benchmarking import jax_worker, msa_worker, torch_worker
 from experiments.benchmarking.cases import MARK, Case
 from experiments.benchmarking.jax_worker import describe
 
 SUBJECTS = {
     "ceilings": jax_worker.ceilings,
-    "msa": jax_worker.msa,
+    "msa": msa_worker.msa,
     "cudnn": jax_worker.cudnn,
     "flash_attention_4": torch_worker.flash_attention_4,
     "flash_msa": torch_worker.flash_msa,

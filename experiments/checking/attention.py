@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments.benchmarking import checks
+from experiments.benchmarking import checks, exact_rows
 from experiments.benchmarking.cases import Case as Shape
 from experiments.benchmarking.inputs import MainInputs, main_inputs
 from experiments.checking import oracle, selections
@@ -83,7 +83,7 @@ def sample(case: AttentionCase | SelectionCase) -> oracle.Queries:
     count = case.place.num_queries or case.shape.length
     rows = np.arange(count)
     if case.shape.sampled_rows:
-        rows = checks.sample_rows(case.shape)
+        rows = exact_rows.sample_rows(case.shape)
     slots = np.asarray(selections.query_slots(case.shape, case.place))[:, rows]
     first = selections.first_blocks(case.shape, case.place, slots)
     segments = selections.segment_ids(case.shape, case.place)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from experiments.benchmarking.inputs import IndexInputs, index_inputs
-from experiments.checking import oracle, selections
+from experiments.checking import oracle, selection_oracle, selections
 from experiments.checking.attention import offset_array, sample
 from experiments.checking.cases import SCORE_GAP, SelectionCase
 from experiments.checking.judgement import Figure
@@ -124,7 +124,7 @@ def _count_malformed(
 
 def _exact_scores(
     case: SelectionCase, index: IndexInputs, queries: oracle.Queries
-) -> oracle.BlockScores:
+) -> selection_oracle.BlockScores:
     """Of the sampled queries; those of the rounded inputs where the index has 8 bits."""
     sampled, index_k, scales = index.index_q[:, queries.rows], index.index_k, None
     if case.precision == "int8":
@@ -132,7 +132,7 @@ def _exact_scores(
         sampled, _ = jax.jit(quantize_queries)(sampled)
         index_k, by_block = jax.jit(quantize_keys, static_argnums=(1,))(index_k, block_size)
         scales = jnp.repeat(by_block, block_size, axis=1)[:, : index_k.shape[1]]
-    return oracle.block_scores(
+    return selection_oracle.block_scores(
         sampled,
         index_k,
         scales,
@@ -144,10 +144,10 @@ def _exact_scores(
 
 
 def _against_exact(
-    ids: Int[np.ndarray, "B R H K"], exact: oracle.BlockScores, case: SelectionCase
+    ids: Int[np.ndarray, "B R H K"], exact: selection_oracle.BlockScores, case: SelectionCase
 ) -> dict[str, Figure]:
     """How far chosen blocks score below the exact choice; equality where scores are exact."""
-    best = oracle.choose(exact.scores, case.shape.top_k)
+    best = selection_oracle.choose(exact.scores, case.shape.top_k)
     differing = (ids != best).any(-1)
     gap = _scores_of(best, exact.scores) - _scores_of(ids, exact.scores)
     gap = np.abs(gap).max(-1) / np.maximum(exact.size, 1e-30)

@@ -20,9 +20,9 @@ from experiments.checking.cases import (
     AttentionCase,
     Check,
     SelectionCase,
-    groups,
     label,
 )
+from experiments.checking.groups import groups
 from experiments.checking.judgement import Figure, Record, record
 
 

@@ -13,12 +13,17 @@ import pytest
 from experiments import benchmark, cli
 from experiments.benchmarking import (
     checks,
+    correlated,
+    exact_rows,
     inputs,
-    jax_worker,
+    msa_worker,
+    provenance,
     report,
     results,
     runner,
+    summary,
     timing,
+    work,
     worker,
 )
 from experiments.benchmarking.cases import PHASE, Case, plan
@@ -105,7 +110,7 @@ def unions():
 class TestInputs:
     def test_kinds_overlap_as_they_say(self, unions):
         assert unions["identical"] == 4
-        assert unions["correlated"] == pytest.approx(4 * inputs.REPORTED_OVERLAP, rel=0.1)
+        assert unions["correlated"] == pytest.approx(4 * correlated.REPORTED_OVERLAP, rel=0.1)
         assert unions["random"] > 9
 
     def test_the_union_counts_distinct_blocks_of_windows(self):
@@ -144,10 +149,10 @@ def sampled():
     arrays = inputs.main_inputs(case, jnp.float32)
     selection = select_blocks(*index, block_size=16, top_k=4, implementation="reference")
     o, lse = sparse_attention(*arrays, selection, implementation="reference")
-    rows = checks.sample_rows(case)
+    rows = exact_rows.sample_rows(case)
     ids = np.asarray(selection.block_ids[0][:, rows]).swapaxes(0, 1)
-    scores = checks.exact_block_scores(*index, rows, 16)
-    expected = checks.exact_attention(*arrays, ids, rows, 16)
+    scores = exact_rows.block_scores(*index, rows, 16)
+    expected = exact_rows.attention(*arrays, ids, rows, 16)
     return (
         case,
         rows,
@@ -161,10 +166,10 @@ def sampled():
 
 class TestChecks:
     def test_rows_are_distinct_and_hold_the_edges(self):
-        rows = checks.sample_rows(tiny(200))
+        rows = exact_rows.sample_rows(tiny(200))
         assert len(rows) == len(set(rows)) == 24
         assert {0, 1, 15, 16, 184, 199} <= set(rows)
-        assert checks.sample_rows(tiny(8)).tolist() == list(range(8))
+        assert exact_rows.sample_rows(tiny(8)).tolist() == list(range(8))
 
     def test_the_references_pass(self, sampled):
         _, rows, ids, scores, o, lse, expected = sampled
@@ -176,13 +181,13 @@ class TestChecks:
 
     def test_the_exact_choice_is_the_reference_selection(self, sampled):
         case, rows, ids, scores, *_ = sampled
-        np.testing.assert_array_equal(checks.exact_choice(scores, rows, case), ids)
+        np.testing.assert_array_equal(exact_rows.choice(scores, rows, case), ids)
 
     def test_the_oracle_over_all_blocks_is_dense_attention(self):
         arrays = inputs.main_inputs(tiny(100), jnp.float32)
         rows = np.array([0, 17, 99])
         ids = np.broadcast_to(np.arange(7), (3, 2, 7))  # blocks in the future are masked
-        o, lse = checks.exact_attention(*arrays, ids, rows, 16)
+        o, lse = exact_rows.attention(*arrays, ids, rows, 16)
         dense, dense_lse = dense_attention(*arrays, return_lse=True, implementation="reference")
         np.testing.assert_allclose(o, dense[0, rows], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(lse, dense_lse[0][:, rows].T, rtol=1e-5)
@@ -238,7 +243,7 @@ def records():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "CHAIN_SECONDS", 0.001)
         case = tiny(128, selections=("random",), precisions=("native", "no such"))
-        return list(jax_worker.msa(case))
+        return list(msa_worker.msa(case))
 
 
 class TestWorkers:
@@ -262,7 +267,7 @@ class TestWorkers:
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             case = tiny(96, selections=("random", "identical"), precisions=("native", "int8"))
-            counts = [len(compiled) for _ in jax_worker.msa(case)]
+            counts = [len(compiled) for _ in msa_worker.msa(case)]
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         assert counts[0] >= 5  # main, and two programs by precision
@@ -277,14 +282,14 @@ class TestWorkers:
 
     def test_a_result_that_fails_its_check_is_not_timed(self, monkeypatch):
         monkeypatch.setattr(checks, "OUTPUT_ERROR", 0.0)
-        (record,) = jax_worker.msa(tiny(64, selections=("random",), precisions=("native",)))
+        (record,) = msa_worker.msa(tiny(64, selections=("random",), precisions=("native",)))
         assert record["error"].startswith("CheckError")
         assert "timings" not in record
 
     def test_runs_that_differ_are_not_timed(self, monkeypatch):
         digests = iter((1, 2))
         monkeypatch.setattr(checks, "digest", lambda _: next(digests))
-        (record,) = jax_worker.msa(tiny(64, selections=("random",), precisions=("native",)))
+        (record,) = msa_worker.msa(tiny(64, selections=("random",), precisions=("native",)))
         assert record["error"] == "CheckError: two runs over the same inputs differ"
 
     def test_the_process_reports_a_case_that_cannot_run(self, capsys):
@@ -414,22 +419,22 @@ class TestResults:
     def test_work_is_that_of_the_definition(self):
         case = Case("msa", 1024, num_heads=8, num_kv_heads=2, head_dim=64, index_dim=32)
         pairs = 1024 * 1025 // 2  # 8 blocks, all of them selected
-        selection, main = results.work(case, "selection"), results.work(case, "main")
+        selection, main = work.work(case, "selection"), work.work(case, "main")
         assert selection.flops == 2 * 32 * 2 * pairs
         assert selection.bytes == 1024 * (2 * 32 * 2 + 32 * 2 + 2 * 16 * 4)
         assert main.flops == 4 * 8 * 64 * pairs
         rows = 8 * (2 * 64 * 2 + 4) + 2 * (2 * 64 * 2 + 16 * 4)
         assert main.bytes == 1024 * rows
-        assert results.work(case, "both") == selection + main
-        dense = results.work(Case("cudnn", 1024, num_heads=8, num_kv_heads=2, head_dim=64), "both")
+        assert work.work(case, "both") == selection + main
+        dense = work.work(Case("cudnn", 1024, num_heads=8, num_kv_heads=2, head_dim=64), "both")
         assert dense.flops == main.flops
         assert dense.bytes == 1024 * 2 * (8 + 2) * 64 * 2
 
     def test_a_floor_is_the_larger_of_compute_and_traffic(self):
-        rates = results.Ceilings(matmul_flops=1e12, copy_bytes=1e9)
-        assert rates.floor_ms(results.Work(2 * 10**12, 10**9)) == 2e3
-        assert rates.floor_ms(results.Work(2 * 10**12, 10**9), eight_bit=True) == 1e3
-        assert rates.floor_ms(results.Work(10**12, 3 * 10**9)) == 3e3
+        rates = work.Ceilings(matmul_flops=1e12, copy_bytes=1e9)
+        assert rates.floor_ms(work.Work(2 * 10**12, 10**9)) == 2e3
+        assert rates.floor_ms(work.Work(2 * 10**12, 10**9), eight_bit=True) == 1e3
+        assert rates.floor_ms(work.Work(10**12, 3 * 10**9)) == 3e3
 
     def test_an_8_bit_index_halves_the_selections_floor_alone(self):
         run = stored_run()
@@ -444,12 +449,12 @@ class TestResults:
     def test_speedups_are_measured_or_said_to_be_extrapolated(self):
         rows = results.rows([stored_run()])
         short, long = (row for row in rows if row.case.subject == "msa")
-        assert results.speedups(short, rows) == {
-            "cudnn": results.Speedup(2.0),
-            "flash_msa": results.Speedup(8.0),
+        assert summary.speedups(short, rows) == {
+            "cudnn": summary.Speedup(2.0),
+            "flash_msa": summary.Speedup(8.0),
         }
         # 4 ms at 8K is 64 ms at 32K; flash-msa is not extrapolated.
-        assert results.speedups(long, rows) == {"cudnn": results.Speedup(8.0, 8192)}
+        assert summary.speedups(long, rows) == {"cudnn": summary.Speedup(8.0, 8192)}
 
     def test_rates(self):
         (row, *_) = (r for r in results.rows([stored_run()]) if r.case.subject == "cudnn")
@@ -562,7 +567,7 @@ class TestRendering:
 class TestCommandLine:
     @pytest.mark.parametrize("found", [None, {"name": "NVIDIA A100", "compute_cap": "8.0"}])
     def test_without_a_hopper_gpu_it_says_so_in_a_line(self, found, monkeypatch, capsys):
-        monkeypatch.setattr(runner, "gpu", lambda: found)
+        monkeypatch.setattr(provenance, "gpu", lambda: found)
         assert cli.run(benchmark.main, ["benchmark"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -579,7 +584,7 @@ class TestCommandLine:
     )
     def test_wrong_flags_are_one_line(self, flag, message, monkeypatch, capsys):
         hopper = {"name": "NVIDIA H100", "compute_cap": "9.0"}
-        monkeypatch.setattr(runner, "gpu", lambda: hopper)
+        monkeypatch.setattr(provenance, "gpu", lambda: hopper)
         assert cli.run(benchmark.main, ["benchmark", flag]) == 2
         assert message in capsys.readouterr().err
 
@@ -592,7 +597,7 @@ class TestCommandLine:
             text = [{"environment": environment | {"packages": {}}}, *lines["records"]]
             output.write_text("\n".join(map(json.dumps, text)))
 
-        monkeypatch.setattr(runner, "gpu", lambda: {"name": "H100", "compute_cap": "9.0"})
+        monkeypatch.setattr(provenance, "gpu", lambda: {"name": "H100", "compute_cap": "9.0"})
         monkeypatch.setattr(runner, "run", run)
         arguments = ["--lengths=1K,1M", "--heads=8", "--skip_dense_above=1K", "--selections=random"]
         stem = tmp_path / "a" / "b"

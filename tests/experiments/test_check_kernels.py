@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import check_kernels, cli
-from experiments.benchmarking import runner
+from experiments.benchmarking import provenance
 from experiments.checking import attention, oracle, poison, precision, processes, selection
 from experiments.checking import selections as made
 from experiments.checking.cases import (
@@ -18,10 +18,10 @@ from experiments.checking.cases import (
     Place,
     PrecisionCase,
     SelectionCase,
-    groups,
     label,
 )
-from experiments.checking.cases import shape as full_shape
+from experiments.checking.groups import groups
+from experiments.checking.groups import shape as full_shape
 from experiments.checking.judgement import Figure, record
 from experiments.checking.worker import run
 from pallas_kernels import BlockSelection, select_blocks, sparse_attention
@@ -274,14 +274,16 @@ class TestRun:
         }
 
     def test_without_a_gpu_it_says_so(self, capsys, monkeypatch):
-        monkeypatch.setattr(runner, "gpu", lambda: None)
+        monkeypatch.setattr(provenance, "gpu", lambda: None)
         assert cli.run(check_kernels.main, ["check_kernels"]) == 2
         assert "NVIDIA Hopper GPU, found none" in capsys.readouterr().err
 
     def test_records_are_written_and_a_failure_is_the_exit_code(
         self, capsys, monkeypatch, tmp_path
     ):
-        monkeypatch.setattr(runner, "gpu", lambda: {"name": "NVIDIA H100", "compute_cap": "9.0"})
+        monkeypatch.setattr(
+            provenance, "gpu", lambda: {"name": "NVIDIA H100", "compute_cap": "9.0"}
+        )
         verdicts = iter([True, False, True, True])
 
         def of_groups(names, order, **_):

@@ -1,0 +1,58 @@
+"""Useful work, and the floors that follow from it.
+
+The floor of a part is the larger of its useful FLOPs over the matmul rate and its bytes over the
+copy bandwidth, both measured in the same run; an 8-bit product runs at twice the bf16 rate on
+NVIDIA's tensor cores. Useful work is what the definition needs: every causal pair scored once,
+every visible token of a selected block attended once, every array read or written once.
+"""
+
+import dataclasses
+
+from experiments.benchmarking.cases import DENSE, Case
+from msa_jax.cost import attention_flops, causal_pairs
+
+_FIELDS_BYTES = 2, 4  # bf16, and int32 or float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call must do at the least."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Rates of the device: FLOP/s of a large bf16 matmul, bytes/s of a large copy."""
+
+    matmul_flops: float
+    copy_bytes: float
+
+    def floor_ms(self, work: Work, *, eight_bit: bool = False) -> float:
+        """The shortest time for this work, in milliseconds."""
+        rate = self.matmul_flops * (2 if eight_bit else 1)
+        return 1e3 * max(work.flops / rate, work.bytes / self.copy_bytes)
+
+
+def work(case: Case, part: str) -> Work:
+    """What a part of a case must compute and move; "both" of a dense baseline is all of it."""
+    half, word = _FIELDS_BYTES
+    tokens = case.batch * case.length
+    queries = tokens * case.num_heads * case.head_dim * half
+    keys = tokens * case.num_kv_heads * case.head_dim * half
+    if case.subject in DENSE:
+        pairs = case.batch * causal_pairs(case.length)
+        return Work(4 * case.num_heads * case.head_dim * pairs, 2 * (queries + keys))
+    flops = attention_flops(case.attention, case.length)
+    ids = tokens * case.num_kv_heads * case.top_k * word
+    selection = Work(
+        case.batch * flops.index, tokens * (case.num_kv_heads + 1) * case.index_dim * half + ids
+    )
+    main = Work(
+        case.batch * flops.main, 2 * (queries + keys) + tokens * case.num_heads * word + ids
+    )
+    return {"selection": selection, "main": main, "both": selection + main}[part]
