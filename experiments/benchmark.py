@@ -117,7 +117,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     for name, (field, default) in _SHAPE.items():
         flags.DEFINE_integer(name, default, field.replace("_", " "), 0, flag_values=values)
     for name, default, words in (
-        ("case_seconds", 120.0, "after which one case is ended, flash-msa two minutes later"),
+        ("case_seconds", 240.0, "after which one case is ended, flash-msa two minutes later"),
         ("total_seconds", 36000.0, "after which no further case is begun"),
     ):
         flags.DEFINE_float(name, default, words, lower_bound=1, flag_values=values)

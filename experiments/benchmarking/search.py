@@ -58,7 +58,6 @@ KERNELS = {
             "num_query_slots": (2, 3),
             "num_kv_stages": (1, 2),
             "tiles_per_slice": (16, 32, 64),
-            "prefetched_queries": (0, 16),
         },
     ),
     "sparse_attention.combine": SearchSpace(

@@ -20,10 +20,6 @@ from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
 )
 from pallas_kernels.sparse_attention.reverse_index import reverse_index, row_length
 
-# Queries of a row that are worth bringing into the L2 cache before their turn: with those of the
-# row before it, what the cache has room for. Of longer rows the first would be gone again.
-_PREFETCH_BYTES = 2**24
-
 
 @dataclasses.dataclass(frozen=True)
 class KVOuterConfig:
@@ -81,8 +77,6 @@ def kv_outer(
     per_group = q.shape[2] // groups
     attention = config.attention or default_config(per_group)
     row = config.queries_per_row or row_length(num_queries, num_blocks, top_k)
-    if row * per_group * head_dim * q.dtype.itemsize > _PREFETCH_BYTES:
-        attention = dataclasses.replace(attention, prefetched_queries=0)
     bytes_per_query = batch * top_k * q.shape[2] * head_dim * q.dtype.itemsize
     chunk = _chunk_length(num_queries, row, config.partial_bytes // bytes_per_query)
     num_chunks = -(-num_queries // chunk)
@@ -106,7 +100,6 @@ def kv_outer(
             queries_per_row=row,
             queries_per_tile=TILE_ROWS // per_group,
             tiles_per_slice=attention.tiles_per_slice,
-            prefetched_queries=attention.prefetched_queries,
         )
         partial, partial_lse = partial_attention(
             flat_q,

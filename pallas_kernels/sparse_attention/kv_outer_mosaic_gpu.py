@@ -34,8 +34,6 @@ from pallas_kernels.sparse_attention.reverse_index import (
     FIRST_TILE,
     GROUP,
     KEY_BLOCK,
-    NEXT_GROUP,
-    NEXT_QUERY,
     NUM_TILES,
     OWN_QUERY,
     ReverseIndex,
@@ -59,7 +57,6 @@ class AttentionConfig:
       num_kv_stages: key blocks in flight.
       tiles_per_slice: at most so many tiles per visit of a key block.
       num_thread_blocks: that share the slices; one per core of the GPU.
-      prefetched_queries: of the next row, that a slice brings into the L2 cache; 0 for none.
     """
 
     num_consumers: int = 3
@@ -67,7 +64,6 @@ class AttentionConfig:
     num_kv_stages: int = 2
     tiles_per_slice: int = 32
     num_thread_blocks: int = 132
-    prefetched_queries: int = 0
 
     def __post_init__(self):
         if not 1 <= self.num_consumers <= 3:
@@ -80,8 +76,6 @@ class AttentionConfig:
         for field in ("num_kv_stages", "tiles_per_slice", "num_thread_blocks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        if not 0 <= self.prefetched_queries <= 64:
-            raise ValueError(f"prefetched_queries={self.prefetched_queries} must be 0 to 64")
 
     def shared_memory_bytes(self, head_dim: int, block_size: int) -> int:
         """Shared memory of a thread block for 16-bit inputs, without barriers."""
@@ -201,7 +195,7 @@ def _scratch(
     return tuple(scratch) if target.interpret is not None else tuple(scratch[:-1])
 
 
-_FIELDS = GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY, NEXT_QUERY, NEXT_GROUP
+_FIELDS = GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY
 
 
 class _Slice(NamedTuple):
@@ -212,8 +206,6 @@ class _Slice(NamedTuple):
     first_tile: jax.Array
     num_tiles: jax.Array
     own_query: jax.Array
-    next_query: jax.Array
-    next_group: jax.Array
 
 
 class _ThreadBlock(NamedTuple):
@@ -290,18 +282,8 @@ def _produce(block: _ThreadBlock):
     def read_queries(number):
         return tuple(block.queries[number * batch + i] for i in range(batch))
 
-    def prefetch(current):
-        # All thread blocks walk a row's queries side by side: unprepared, the first visits of all
-        # would wait for device memory together.
-        last = block.q.shape[0] - config.prefetched_queries
-        queries = pl.ds(jnp.minimum(current.next_query, last), config.prefetched_queries)
-        heads = pl.ds(current.next_group * per_group, per_group)
-        plgpu.async_prefetch(block.q.at[queries, heads], predicate=current.next_query >= 0)
-
     def visit(n, current, tiles_before):
         copy_keys_and_values(n, current)
-        if config.prefetched_queries:
-            prefetch(current)
         heads = pl.ds(current.group * per_group, per_group)
         first, num_batches = current.first_tile * batches, current.num_tiles * batches
 

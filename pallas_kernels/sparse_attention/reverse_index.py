@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, UInt
 
-# Columns of `ReverseIndex.slices`. Eight, of which seven are used: one 32-byte sector per slice.
-GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY, NEXT_QUERY, NEXT_GROUP = range(7)
+# Columns of `ReverseIndex.slices`. Eight, of which five are used: one 32-byte sector per slice.
+GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY = range(5)
 NUM_FIELDS = 8
 
 # Sort keys are 32-bit; that of nobody comes last.
 _NUM_KEYS = 2**32
-_INVALID = jnp.uint32(_NUM_KEYS - 1)
+_INVALID = np.uint32(_NUM_KEYS - 1)
 
 
 class ReverseIndex(NamedTuple):
@@ -31,9 +32,8 @@ class ReverseIndex(NamedTuple):
       queries: [P] row of each place's query in the flattened queries; row 0 where nobody is.
       places: the place of each (query, slot) of the selection, -1 where its id is -1.
       slices: [items, NUM_FIELDS], by the columns above: the group, the block's number in the
-        flattened keys, the slice's first tile and number of tiles, the row that the query in the
-        block's first slot would have, and where the slice's share of the next row's queries starts
-        (-1: it has none) with their group. Sorted by row, then block.
+        flattened keys, the slice's first tile and number of tiles, and the row that the query in
+        the block's first slot would have. Sorted by row, then block.
       num_slices: [1], how many of `slices` are in use.
     """
 
@@ -64,7 +64,6 @@ def reverse_index(
     queries_per_row: int,
     queries_per_tile: int,
     tiles_per_slice: int,
-    prefetched_queries: int,
 ) -> ReverseIndex:
     """Builds the reverse index of visible, distinct block ids.
 
@@ -77,7 +76,6 @@ def reverse_index(
       queries_per_row: see `row_length`; a power of two and a multiple of `queries_per_tile`.
       queries_per_tile: queries whose heads fill a tile of the kernel.
       tiles_per_slice: at most.
-      prefetched_queries: of the next row, that a slice has for its share.
     """
     batch, groups, num_queries, top_k = block_ids.shape
     rows_per_group = num_queries // queries_per_row
@@ -107,22 +105,14 @@ def reverse_index(
         GROUP: jnp.repeat(group, num_blocks),
         KEY_BLOCK: (batch_row[:, None] * num_blocks + block).reshape(-1),
         OWN_QUERY: own.reshape(-1),
-        NEXT_QUERY: jnp.repeat(jnp.append(row_query[1:], -1), num_blocks),
-        NEXT_GROUP: jnp.repeat(jnp.roll(group, -1), num_blocks),
     }
-    slices, num_slices, number_in_row = _slices(
+    slices, num_slices = _slices(
         columns,
         tiles,
         first_tiles,
         tiles_per_slice,
         lists.max_parts(max_tiles, tiles_per_slice),
-        num_blocks,
     )
-    # The slices of a row share out the queries of the next one, as far as these go.
-    share = number_in_row * prefetched_queries
-    following = slices[:, NEXT_QUERY]
-    following = jnp.where((following >= 0) & (share < queries_per_row), following + share, -1)
-    slices = slices.at[:, NEXT_QUERY].set(following)
     return ReverseIndex(queries, places.reshape(block_ids.shape), slices, num_slices)
 
 
@@ -231,13 +221,8 @@ def _slices(
     first_tiles: Int[Array, "lists"],
     tiles_per_slice: int,
     max_slices: int,
-    blocks_per_row: int,
-) -> tuple[Int[Array, "items fields"], Int[Array, "1"], Int[Array, "items"]]:
-    """Cuts lists into slices of about equal length.
-
-    Returns:
-      The table, how many slices there are, and the number of each one in its row.
-    """
+) -> tuple[Int[Array, "items fields"], Int[Array, "1"]]:
+    """Cuts lists into slices of about equal length: the table, and how many there are."""
     parts = -(-tiles // tiles_per_slice)
     ends = jnp.cumsum(parts)
     starts = ends - parts
@@ -252,4 +237,4 @@ def _slices(
     fields |= {FIRST_TILE: first_tiles[owner] + first, NUM_TILES: stop - first}
     unused = jnp.zeros(max_slices, jnp.int32)
     table = jnp.stack([fields.get(i, unused) for i in range(NUM_FIELDS)], axis=1)
-    return table, ends[-1:], item - starts[owner // blocks_per_row * blocks_per_row]
+    return table, ends[-1:]

@@ -1,5 +1,6 @@
 """A stranger's program: the library imported into a model that is none of ours."""
 
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,14 @@ def test_importing_the_mixer_loads_no_training_code():
     for module in ("msa_jax.train", "msa_jax.data", "msa_jax.eval", "msa_jax.model"):
         assert f"'{module}'" not in ours, module
     assert "'msa_jax.attention.msa'" in ours
+
+
+@pytest.mark.fast
+def test_importing_starts_no_backend():
+    """One would take most of a GPU's memory, and come before jax.distributed.initialize."""
+    modules = "msa_jax.attention.msa, msa_jax.train.loop, experiments.benchmarking.worker"
+    environment = os.environ | {"JAX_PLATFORMS": "none_such"}
+    subprocess.run([sys.executable, "-c", f"import {modules}"], env=environment, check=True)
 
 
 def test_every_public_name_is_there():

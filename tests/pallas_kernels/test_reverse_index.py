@@ -13,8 +13,6 @@ from pallas_kernels.sparse_attention.reverse_index import (
     FIRST_TILE,
     GROUP,
     KEY_BLOCK,
-    NEXT_GROUP,
-    NEXT_QUERY,
     NUM_TILES,
     OWN_QUERY,
     reverse_index,
@@ -23,7 +21,7 @@ from pallas_kernels.sparse_attention.reverse_index import (
 
 BATCH, GROUPS, NUM_QUERIES, TOP_K = 2, 2, 16, 3
 BLOCK_SIZE, NUM_BLOCKS = 8, 6
-ROW, PER_TILE, PER_SLICE, PREFETCHED = 8, 4, 2, 3
+ROW, PER_TILE, PER_SLICE = 8, 4, 2
 # The second batch row's queries start behind five others in the flattened queries, and in slot 11.
 FIRST_QUERY, FIRST_SLOT = np.array([0, 21], np.int32), np.array([3, 11], np.int32)
 
@@ -81,7 +79,6 @@ def _build(ids, per_tile, per_slice):
         queries_per_row=ROW,
         queries_per_tile=per_tile,
         tiles_per_slice=per_slice,
-        prefetched_queries=PREFETCHED,
     )
 
 
@@ -134,26 +131,6 @@ def test_slices_cover_every_tile_of_every_list_once(picks, per_slice):
             position += 1
         assert next_tile == end, "no slice holds tiles of two lists"
     assert position == len(slices)
-
-
-@pytest.mark.parametrize("picks", [random_picks, same_for_all, holes])
-def test_slices_of_a_row_share_out_the_next_rows_queries(picks):
-    ids = picks(np.random.default_rng(3))
-    index, lists = build_once(ids, per_tile=1, per_slice=100), picks_by_list(ids)
-    rows = [(b, g, r) for b, g in np.ndindex(BATCH, GROUPS) for r in range(NUM_QUERIES // ROW)]
-    slices = iter(np.asarray(index.slices)[: index.num_slices[0]])
-    shares = 0
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        for number in range(sum(key[:3] == row for key in lists)):
-            item, start = next(slices), number * PREFETCHED
-            if following is None or start >= ROW:
-                assert item[NEXT_QUERY] == -1
-            else:
-                b, g, r = following
-                assert item[NEXT_QUERY] == FIRST_QUERY[b] + r * ROW + start
-                assert item[NEXT_GROUP] == g
-                shares += 1
-    assert shares > len(rows)
 
 
 def test_rows_that_do_not_fit_into_one_key_are_sorted_apart(monkeypatch):

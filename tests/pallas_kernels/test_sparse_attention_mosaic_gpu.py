@@ -356,7 +356,6 @@ def test_log_sum_exps_far_apart_are_combined():
         (lambda: AttentionConfig(num_consumers=4), "num_consumers=4 must be 1 to 3"),
         (lambda: AttentionConfig(num_query_slots=1), "num_query_slots=1 must be at least 2"),
         (lambda: AttentionConfig(num_kv_stages=0), "num_kv_stages=0 must be at least 1"),
-        (lambda: AttentionConfig(prefetched_queries=65), "prefetched_queries=65 must be 0 to 64"),
         (lambda: AttentionConfig(num_query_slots=3).check(128, 128), "bytes of shared memory"),
         (lambda: CombineConfig(num_consumers=3), "num_consumers=3 must be 1 or 2"),
         (lambda: CombineConfig(num_slots=0), "num_slots=0 must be at least 1"),
@@ -385,11 +384,10 @@ NARROW = [(16, 64, 64), (16, 128, 64), (16, 64, 128)]
 
 
 @pytest.mark.parametrize(
-    ("per_group", "head_dim", "block_size", "dtype", "prefetched"),
-    [(*shape, "bfloat16", 0) for shape in WIDE + NARROW]
-    + [(*shape, "float16", 16) for shape in WIDE],
+    ("per_group", "head_dim", "block_size", "dtype"),
+    [(*shape, "bfloat16") for shape in WIDE + NARROW] + [(*shape, "float16") for shape in WIDE],
 )
-def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtype, prefetched):
+def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtype):
     def attend(q, k, v, queries, slices, num_slices):
         return partial_attention(
             q,
@@ -398,7 +396,7 @@ def test_attention_compiles_without_spills(per_group, head_dim, block_size, dtyp
             ReverseIndex(queries, queries, slices, num_slices),
             block_size=block_size,
             scale=0.1,
-            config=dataclasses.replace(default_config(per_group), prefetched_queries=prefetched),
+            config=default_config(per_group),
         )
 
     keys = (2048, 4, head_dim), dtype
