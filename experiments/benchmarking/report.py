@@ -1,6 +1,7 @@
 """The table and the page of a benchmark's results, from its records alone."""
 
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,7 +135,8 @@ def page(runs: Sequence[Record], name: str) -> str:
             parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
     failed = results.failures(runs)
     if failed:
-        parts.append("## Not measured\n\n" + "\n".join(f"* {line}" for line in failed))
+        lines = "\n".join(f"* {textwrap.shorten(line, 160)}" for line in failed)
+        parts.append("## Not measured\n\n" + lines)
     parts.append("## Runs\n\n" + "\n".join(_environment(run["environment"]) for run in runs))
     return "\n\n".join(parts) + "\n"
 
