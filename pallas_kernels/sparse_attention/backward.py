@@ -99,10 +99,12 @@ def backward(
     block_ids = jnp.pad(block_ids, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=-1)
     first_slots = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
     first_queries = jnp.arange(batch, dtype=jnp.int32) * num_queries
-    dq = jax.empty_ref(
+    dq_sums = jax.empty_ref(
         jax.ShapeDtypeStruct((batch * num_chunks * chunk, *flat_q.shape[1:]), q.dtype)
     )
-    dk, dv = (jax.new_ref(jnp.zeros(array.shape, jnp.float32)) for array in (flat_k, flat_v))
+    dk_sums, dv_sums = (
+        jax.new_ref(jnp.zeros(array.shape, jnp.float32)) for array in (flat_k, flat_v)
+    )
 
     def differentiate(start):
         index = reverse_index(
@@ -122,16 +124,16 @@ def backward(
             flat_v,
             statistics_by_tile(rows, index, (batch, groups, num_blocks)),
             index,
-            dk,
-            dv,
+            dk_sums,
+            dv_sums,
             block_size=block_size,
             scale=scale,
             config=gradient,
         )
-        add_parts(parts, index.slices, dk, dv)
+        add_parts(parts, index.slices, dk_sums, dv_sums)
         # Of weight 1 each.
         places, weights = by_tiles(index.places, jnp.zeros(partial.shape[:2], jnp.float32))
-        combine(partial, places, weights, dq, start, config=merge, normalized=False)
+        combine(partial, places, weights, dq_sums, start, config=merge, normalized=False)
 
     if num_chunks == 1:
         differentiate(jnp.int32(0))
@@ -139,10 +141,10 @@ def backward(
         starts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
         jax.lax.scan(lambda _, start: (None, differentiate(start)), None, starts)
     heads = num_heads // groups
-    dq = jax.freeze(dq).reshape(batch, -1, groups, per_group, head_dim)
+    dq = jax.freeze(dq_sums).reshape(batch, -1, groups, per_group, head_dim)
     dq = dq[:, :num_queries, :, :heads].reshape(batch, num_queries, num_heads, head_dim)
-    dk = (jax.freeze(dk) * scale).reshape(padded_k.shape)[:, : k.shape[1]].astype(k.dtype)
-    dv = jax.freeze(dv).reshape(padded_v.shape)[:, : v.shape[1]].astype(v.dtype)
+    dk = (jax.freeze(dk_sums) * scale).reshape(padded_k.shape)[:, : k.shape[1]].astype(k.dtype)
+    dv = jax.freeze(dv_sums).reshape(padded_v.shape)[:, : v.shape[1]].astype(v.dtype)
     return dq, dk, dv
 
 

@@ -28,6 +28,7 @@ def opaque(number: jax.Array, target: Target) -> jax.Array:
         i32 = ir.IntegerType.get_signless(32)
         operands = [number.registers.item()]
         copied = llvm.inline_asm(i32, operands, "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+        assert isinstance(copied, ir.Value)
         return mgpu.FragmentedArray.splat(copied, (), is_signed=True)
 
     return copy(number)
