@@ -63,14 +63,15 @@ def _problem(case: AttentionCase, implementation: str) -> Problem:
     shape, place = case.shape, case.place
     queries = sample(case)
     block_ids = selections.select(case.selection, shape, place, implementation)
-    q, k, v = _inputs(shape, place, case.dtype)
+    q, k, v = inputs(shape, place, case.dtype)
     exact = oracle.attention(q, k, v, block_ids, queries, shape.block_size)
     segment_ids = selections.segment_ids(shape, place)
     return Problem((q, k, v, block_ids, segment_ids, offset_array(place)), queries, *exact)
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(shape: Shape, place: Place, dtype: str) -> MainInputs:
+def inputs(shape: Shape, place: Place, dtype: str) -> MainInputs:
+    """q, k and v of a case."""
     q, k, v = main_inputs(shape, dtype)
     if place.num_queries:
         slots = selections.query_slots(shape, place)

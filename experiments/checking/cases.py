@@ -9,6 +9,8 @@ MARK = "check-record "
 
 # Of the main branch: ||o - exact|| / ||exact||, over all sampled rows and of the worst one.
 OUTPUT_ERRORS = {"bfloat16": (4e-3, 1e-2), "float16": (5e-4, 2e-3)}
+# ||gradient - exact|| / ||exact||.
+GRADIENT_ERRORS = {"bfloat16": 1e-2, "float16": 2e-3}
 LSE_ERROR = 1e-4
 # Of a selected block's score below the exact choice, relative to the row's largest score.
 SCORE_GAP = 1e-4
@@ -54,6 +56,25 @@ class AttentionCase:
 
 
 @dataclasses.dataclass(frozen=True)
+class GradientCase:
+    """The gradients of one call of `sparse_attention`.
+
+    Attributes:
+      shape: arrays and seed.
+      selection: which blocks queries select, see `selections.SELECTIONS`.
+      dtype: "bfloat16" or "float16".
+      place: of the queries.
+      chunked: whether the backward pass must go through its queries in several chunks.
+    """
+
+    shape: Shape
+    selection: str
+    dtype: str = "bfloat16"
+    place: Place = WHOLE
+    chunked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectionCase:
     """One call of `select_blocks`.
 
@@ -91,7 +112,7 @@ class PrecisionCase:
     inputs: str
 
 
-type Check = AttentionCase | SelectionCase | PrecisionCase
+type Check = AttentionCase | GradientCase | SelectionCase | PrecisionCase
 
 
 def label(case: Check) -> str:

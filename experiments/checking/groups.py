@@ -9,6 +9,7 @@ from experiments.checking.cases import (
     WHOLE,
     AttentionCase,
     Check,
+    GradientCase,
     Place,
     PrecisionCase,
     SelectionCase,
@@ -42,6 +43,8 @@ def groups(*, quick: bool, million: bool) -> dict[str, list[Check]]:
         found["selection, long"] = list(_long_selection())
         found |= _split("shapes", list(_shapes()), 3)
         found |= _split("places", list(_places()), 2)
+        found["gradients"] = list(_gradients())
+    found["gradients at 2K"] = list(_gradients_at_2k())
     found["attention at 2K"] = list(_attention_at_2k())
     found["selection at 2K"] = list(_selection_at_2k())
     if million:
@@ -74,6 +77,23 @@ def _attention_at_2k() -> Iterator[Check]:
     """Every selection, and every seed, of one compiled program per scheme."""
     yield from _attention(2048, 0, ("one_block", "no_overlap", "strewn", "masked"), (0,))
     yield from _attention(2048, 0, ("learned", "random"), (0, 1, 2))
+
+
+def _gradients_at_2k() -> Iterator[Check]:
+    for selection in ("random", "learned", "one_block", "masked"):
+        yield GradientCase(shape(2048), selection)
+
+
+def _gradients() -> Iterator[Check]:
+    """Shapes, and places of the queries."""
+    for case in _shapes():
+        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
+            yield GradientCase(case.shape, case.selection, case.dtype)
+    two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
+    yield GradientCase(shape(2048, **two), "random", chunked=True)
+    yield GradientCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
+    for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
+        yield GradientCase(shape(2048, **two, block_size=64), "random", place=place)
 
 
 def _shapes() -> Iterator[Check]:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from experiments.benchmarking.jax_worker import describe
-from experiments.checking import attention, poison, precision, selection
+from experiments.checking import attention, gradients, poison, precision, selection
 from experiments.checking.cases import (
     MARK,
     AttentionCase,
     Check,
+    GradientCase,
     SelectionCase,
     label,
 )
@@ -30,6 +31,8 @@ def figures_of(case: Check, implementation: str) -> dict[str, Figure]:
     """The figures of a case of any kind."""
     if isinstance(case, AttentionCase):
         return attention.check(case, implementation)
+    if isinstance(case, GradientCase):
+        return gradients.check(case, implementation)
     if isinstance(case, SelectionCase):
         return selection.check(case, implementation)
     return precision.check(case, implementation)

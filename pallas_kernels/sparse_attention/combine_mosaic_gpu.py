@@ -24,6 +24,7 @@ from pallas_kernels.mosaic_gpu import (
     SHARED_MEMORY_BYTES,
     by_rows,
     current_target,
+    full_rows,
     run_roles,
     swizzled,
 )
@@ -81,6 +82,7 @@ def combine(
     first_query: Int[Array, ""],
     *,
     config: CombineConfig,
+    normalized: bool = True,
 ) -> Float[Array, "B Hkv tiles R*G"]:
     """Writes every query's merged results into `o` and returns its natural log-sum-exp.
 
@@ -94,6 +96,8 @@ def combine(
         are, so that chunks of queries fill it without a copy.
       first_query: of the tiles, within each batch row of `o`.
       config: the kernel's shape.
+      normalized: whether weights are shares of their sum. If not they are exp2(log-sum-exp), so
+        that slots with 0 are simply added up, and 0 is returned.
     """
     target = current_target()
     batch, groups, num_tiles, top_k, per_tile = places.shape
@@ -107,6 +111,7 @@ def combine(
         per_tile,
         per_group,
         o.shape[0] // batch,
+        normalized,
     )
     lse = plgpu.kernel(
         functools.partial(_kernel, sizes, config),
@@ -131,7 +136,7 @@ def combine(
 
 class _Sizes(NamedTuple):
     """Tiles in all and per (batch row, group), groups, slots, queries per tile, heads per group,
-    and queries of a batch row of the output.
+    queries of a batch row of the output; and whether weights are shares of their sum.
     """
 
     total: int
@@ -141,6 +146,7 @@ class _Sizes(NamedTuple):
     per_tile: int
     per_group: int
     num_queries: int
+    normalized: bool
 
 
 class _Scratch(NamedTuple):
@@ -317,7 +323,7 @@ def _consume(block: _ThreadBlock, consumer):
         stage = lax.rem(turn, 2)
         plgpu.barrier_wait(smem.lse_full.at[consumer, stage])
         slots = smem.partial_lse.at[consumer, stage]
-        lse = _log_sum_exp(slots, sizes.top_k)
+        lse = _log_sum_exp(slots, sizes.top_k) if sizes.normalized else full_rows(TILE_ROWS, 0.0)
         shift = jnp.where(lse == -jnp.inf, 0.0, lse)
 
         def add(k, total):

@@ -71,8 +71,8 @@ def kv_outer(
     """
     batch, num_queries, num_heads, head_dim = q.shape
     groups, top_k = k.shape[2], block_ids.shape[3]
-    q = _padded_groups(q, groups)
-    k, v = (_whole_blocks(array, block_size) for array in (k, v))
+    q = padded_groups(q, groups)
+    k, v = (whole_blocks(array, block_size) for array in (k, v))
     num_blocks = k.shape[1] // block_size
     per_group = q.shape[2] // groups
     attention = config.attention or default_config(per_group)
@@ -144,7 +144,7 @@ def by_tiles(
     return at, lse.reshape(*tiles.shape[:4], TILE_ROWS)
 
 
-def _padded_groups(q: Float[Array, "B T Hq D"], groups: int) -> Float[Array, "B T Hp D"]:
+def padded_groups(q: Float[Array, "B T Hq D"], groups: int) -> Float[Array, "B T Hp D"]:
     """Queries with 8, 16, 32 or 64 heads per group: as many of zeros as that takes."""
     batch, num_queries, num_heads, head_dim = q.shape
     per_group = num_heads // groups
@@ -156,7 +156,7 @@ def _padded_groups(q: Float[Array, "B T Hq D"], groups: int) -> Float[Array, "B 
     return grouped.reshape(batch, num_queries, groups * padded, head_dim)
 
 
-def _whole_blocks(
+def whole_blocks(
     array: Float[Array, "B S Hkv D"], block_size: int
 ) -> Float[Array, "B S_padded Hkv D"]:
     """Keys or values with zeros up to a whole number of blocks; causality hides them."""

@@ -30,14 +30,8 @@ from pallas_kernels.mosaic_gpu import (
     run_roles,
     swizzled,
 )
-from pallas_kernels.sparse_attention.reverse_index import (
-    FIRST_TILE,
-    GROUP,
-    KEY_BLOCK,
-    NUM_TILES,
-    OWN_QUERY,
-    ReverseIndex,
-)
+from pallas_kernels.sparse_attention.reverse_index import ReverseIndex
+from pallas_kernels.sparse_attention.slices_mosaic_gpu import Slice, for_each_slice
 from pallas_kernels.sparse_attention.streaming_mosaic_gpu import copy_streaming
 
 # Rows of a tile: what one warpgroup multiplies at a time.
@@ -195,19 +189,6 @@ def _scratch(
     return tuple(scratch) if target.interpret is not None else tuple(scratch[:-1])
 
 
-_FIELDS = GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY
-
-
-class _Slice(NamedTuple):
-    """Those columns of a row of `ReverseIndex.slices`, as scalars."""
-
-    group: jax.Array
-    key_block: jax.Array
-    first_tile: jax.Array
-    num_tiles: jax.Array
-    own_query: jax.Array
-
-
 class _ThreadBlock(NamedTuple):
     """The references of a thread block, and what it is compiled for."""
 
@@ -222,6 +203,12 @@ class _ThreadBlock(NamedTuple):
     smem: _Scratch
     statics: _Statics
 
+    def for_each_slice(self, visit):
+        """visit(n, slice, tiles before it); returns how many slices and tiles there were."""
+        return for_each_slice(
+            self.slices, self.num_slices, self.statics.config.num_thread_blocks, visit
+        )
+
 
 def _kernel(statics: _Statics, q, k, v, queries, slices, num_slices, o, lse, *scratch):
     """Runs a consumer in each warpgroup but the last, which is the producer."""
@@ -232,29 +219,6 @@ def _kernel(statics: _Statics, q, k, v, queries, slices, num_slices, o, lse, *sc
         functools.partial(_consume, block),
         functools.partial(_produce, block),
     )
-
-
-def _for_each_slice(block: _ThreadBlock, visit):
-    """visit(n, slice, tiles before it) for the thread block's slices, in order.
-
-    Returns how many slices and how many tiles there were.
-    """
-    first, stride = lax.axis_index("thread_block"), block.statics.config.num_thread_blocks
-    num_slices = lax.div(block.num_slices[0] - first + (stride - 1), stride)
-
-    def read(n):
-        item = jnp.minimum(first + n * stride, block.slices.shape[0] - 1)
-        return _Slice(*(block.slices[item, field] for field in _FIELDS))
-
-    def step(n, carry):
-        current, num_tiles = carry
-        # Read one ahead: the latency of these scalars hides behind a slice's work.
-        upcoming = read(n + 1)
-        visit(n, current, num_tiles)
-        return upcoming, num_tiles + current.num_tiles
-
-    _, num_tiles = lax.fori_loop(0, num_slices, step, (read(0), jnp.int32(0)))
-    return num_slices, num_tiles
 
 
 def _produce(block: _ThreadBlock):
@@ -307,7 +271,7 @@ def _produce(block: _ThreadBlock):
 
         lax.fori_loop(0, num_batches, gather, read_queries(first))
 
-    num_slices, num_tiles = _for_each_slice(block, visit)
+    num_slices, num_tiles = block.for_each_slice(visit)
 
     # The last releases are awaited too: a thread block ends when nothing uses its shared memory.
     @pl.loop(jnp.maximum(num_tiles - in_flight, 0), num_tiles)
@@ -347,7 +311,7 @@ def _consume(block: _ThreadBlock, consumer):
 
         plgpu.barrier_arrive(smem.kv_empty.at[stage])
 
-    _, num_tiles = _for_each_slice(block, visit)
+    _, num_tiles = block.for_each_slice(visit)
     turns = lax.div(num_tiles - consumer + (consumers - 1), consumers)
 
     @pl.when(turns > 0)
@@ -357,7 +321,7 @@ def _consume(block: _ThreadBlock, consumer):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(block: _ThreadBlock, consumer, stage, turn, current: _Slice, tile, release):
+def _attend(block: _ThreadBlock, consumer, stage, turn, current: Slice, tile, release):
     """One tile of queries against the slice's block: writes its output and log-sum-exp."""
     smem, (block_size, per_group, scale, config, _) = block.smem, block.statics
     slot = lax.rem(turn, config.num_query_slots)
@@ -392,7 +356,7 @@ def _attend(block: _ThreadBlock, consumer, stage, turn, current: _Slice, tile, r
     plgpu.copy_smem_to_gmem(smem.lse.at[consumer], block.lse.at[tile])
 
 
-def _causal(block: _ThreadBlock, scores, current: _Slice, tile):
+def _causal(block: _ThreadBlock, scores, current: Slice, tile):
     """-inf where the key comes after the query."""
     per_group = block.statics.per_group
     per_tile = TILE_ROWS // per_group

@@ -8,7 +8,6 @@ device, and one of the two compiled branches runs.
 
 import dataclasses
 import functools
-import logging
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
+from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig
+from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig
 from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, kv_outer
 from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import default_config
 from pallas_kernels.sparse_attention.union_mosaic_gpu import (
@@ -37,8 +38,6 @@ _SAMPLE_EVERY = 16
 # Fewer queries are decoding, where gathering by key block has nothing to share.
 MIN_QUERIES = 64
 
-_logger = logging.getLogger("pallas_kernels")
-
 
 @dataclasses.dataclass(frozen=True)
 class SparseAttentionConfig:
@@ -50,12 +49,14 @@ class SparseAttentionConfig:
       kv_outer: the KV-outer kernels' shape; None for the tuned one.
       max_union: with "auto", union tiles run if the mean number of distinct blocks over the queries
         of a warpgroup is at most so many times the mean number of blocks of a query.
+      backward: the backward pass's shape, which all schemes share; None for the tuned one.
     """
 
     scheme: str = "auto"
     union: UnionConfig | None = None
     kv_outer: KVOuterConfig | None = None
     max_union: float = 2.25
+    backward: BackwardConfig | None = None
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -85,7 +86,7 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
 
-    Gradients are those of the reference.
+    Differentiable in q, k and v, whatever the scheme by the kernels of `backward`.
 
     Args:
       q: bfloat16 or float16, at least 64 queries of head_dim 64 or 128.
@@ -203,12 +204,8 @@ def _tuned(
     config: SparseAttentionConfig, q, k, block_size: int
 ) -> tuple[UnionConfig, KVOuterConfig]:
     """The config's kernel shapes; those left open from the tuned table."""
-    num_queries, num_heads, head_dim = q.shape[1:]
-    group = padded_group(num_heads // k.shape[2])
-    place = {
-        "dtype": q.dtype.name,
-        "bucket": shape_bucket(num_queries, G=group, D=head_dim, Bk=block_size),
-    }
+    head_dim, group = q.shape[3], padded_group(q.shape[2] // k.shape[2])
+    place = _place_in_table(q, k, block_size)
     tiles, outer = config.union, config.kv_outer
     if tiles is None:
         tiles = tuned(
@@ -222,35 +219,46 @@ def _tuned(
     return tiles, outer
 
 
+def _tuned_backward(config: SparseAttentionConfig, q, k, block_size: int) -> BackwardConfig:
+    """The config's shape of the backward pass; what is left open from the tuned table."""
+    found, place = config.backward or BackwardConfig(), _place_in_table(q, k, block_size)
+    gradient = found.gradient or tuned("sparse_attention.backward", GradientConfig(), **place)
+    merge = found.combine or tuned("sparse_attention.combine", CombineConfig(), **place)
+    return dataclasses.replace(found, gradient=gradient, combine=merge)
+
+
+def _place_in_table(q, k, block_size: int) -> dict[str, str]:
+    """Where the tuned table has this call's shapes."""
+    num_queries, num_heads, head_dim = q.shape[1:]
+    group = padded_group(num_heads // k.shape[2])
+    bucket = shape_bucket(num_queries, G=group, D=head_dim, Bk=block_size)
+    return {"dtype": q.dtype.name, "bucket": bucket}
+
+
 def _forward(options: _Options, *arrays):
-    return _attention(options, *arrays), arrays
+    results = _attention(options, *arrays)
+    return results, (*arrays, *results)
 
 
-def _backward(options: _Options, arrays, cotangents):
-    q, k, v, block_ids, segment_ids, query_offset = arrays
+def _backward(options: _Options, residuals, cotangents):
+    return *_gradients(options, *residuals, *cotangents), None, None, None
+
+
+@in_32_bits
+def _gradients(options: _Options, q, k, v, block_ids, segment_ids, query_offset, o, lse, do, dlse):
     offset = query_offset if options.query_offset is None else options.query_offset
-    _report_backward()
-
-    def attend(q, k, v):
-        return reference.sparse_attention(
-            q,
-            k,
-            v,
-            block_ids,
-            segment_ids,
-            offset,
-            block_size=options.block_size,
-            scale=options.scale,
-        )
-
-    _, pullback = jax.vjp(attend, q, k, v)
-    return *pullback(cotangents), None, None, None
+    return backward(
+        q,
+        k,
+        v,
+        visible_block_ids(block_ids, segment_ids, offset, options.block_size),
+        offset,
+        (o, lse),
+        (do, dlse),
+        block_size=options.block_size,
+        scale=options.scale,
+        config=_tuned_backward(options.config, q, k, options.block_size),
+    )
 
 
 _attention.defvjp(_forward, _backward)
-
-
-@functools.cache
-def _report_backward() -> None:
-    """Logs, once, that gradients do not run on a kernel."""
-    _logger.info("sparse_attention's backward pass runs as 'reference': it has no kernel yet")

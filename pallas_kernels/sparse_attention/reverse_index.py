@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt
 
-# Columns of `ReverseIndex.slices`. Eight, of which five are used: one 32-byte sector per slice.
-GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY = range(5)
+# Columns of `ReverseIndex.slices`. Eight, of which seven are used: one 32-byte sector per slice.
+GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY, SLOT, NUM_PARTS = range(7)
 NUM_FIELDS = 8
 
 # Sort keys are 32-bit; that of nobody comes last.
@@ -33,7 +33,9 @@ class ReverseIndex(NamedTuple):
       places: the place of each (query, slot) of the selection, -1 where its id is -1.
       slices: [items, NUM_FIELDS], by the columns above: the group, the block's number in the
         flattened keys, the slice's first tile and number of tiles, and the row that the query in
-        the block's first slot would have. Sorted by row, then block.
+        the block's first slot would have. Then for lists that were cut into several slices: the
+        slice's number among all such slices (-1 if its list has no other), and in a list's first
+        slice how many there are (else 0). Sorted by row, then block.
       num_slices: [1], how many of `slices` are in use.
     """
 
@@ -49,9 +51,14 @@ def row_length(num_queries: int, num_blocks: int, top_k: int) -> int:
     At most 4096 (or four times the blocks), so that a row's queries stay in the L2 cache, and so
     few that block, query and slot fit into 32 bits.
     """
-    bits = 32 - _bits(num_blocks) - _bits(top_k)
     wanted = max(4096, 4 << _bits(num_blocks))
-    return min(wanted, 1 << bits, max(64, 1 << _bits(num_queries)))
+    longest = max_row_length(num_blocks, top_k)
+    return min(wanted, longest, max(64, 1 << _bits(num_queries)))
+
+
+def max_row_length(num_blocks: int, top_k: int) -> int:
+    """The most queries per row: a power of two, so that block, query and slot fit into 32 bits."""
+    return 1 << (32 - _bits(num_blocks) - _bits(top_k))
 
 
 def reverse_index(
@@ -114,6 +121,11 @@ def reverse_index(
         lists.max_parts(max_tiles, tiles_per_slice),
     )
     return ReverseIndex(queries, places.reshape(block_ids.shape), slices, num_slices)
+
+
+def max_split_slices(num_tiles: int, tiles_per_slice: int) -> int:
+    """The most slices that lists of more than one slice can have, at least 1."""
+    return max(1, 2 * num_tiles // (tiles_per_slice + 1))
 
 
 class _Lists(NamedTuple):
@@ -233,8 +245,12 @@ def _slices(
     nth = item - starts[owner]
     total, count = tiles[owner], jnp.maximum(parts[owner], 1)
     first, stop = total * nth // count, total * (nth + 1) // count
+    split = jnp.where(parts > 1, parts, 0)
+    slot = (jnp.cumsum(split) - split)[owner] + nth
     fields = {name: column[owner] for name, column in columns.items()}
     fields |= {FIRST_TILE: first_tiles[owner] + first, NUM_TILES: stop - first}
+    fields[SLOT] = jnp.where(split[owner] > 0, slot, -1)
+    fields[NUM_PARTS] = jnp.where(nth == 0, split[owner], 0)
     unused = jnp.zeros(max_slices, jnp.int32)
     table = jnp.stack([fields.get(i, unused) for i in range(NUM_FIELDS)], axis=1)
     return table, ends[-1:]

@@ -10,11 +10,20 @@ import pytest
 
 from experiments import check_kernels, cli
 from experiments.benchmarking import provenance
-from experiments.checking import attention, oracle, poison, precision, processes, selection
+from experiments.checking import (
+    attention,
+    gradients,
+    oracle,
+    poison,
+    precision,
+    processes,
+    selection,
+)
 from experiments.checking import selections as made
 from experiments.checking.cases import (
     MARK,
     AttentionCase,
+    GradientCase,
     Place,
     PrecisionCase,
     SelectionCase,
@@ -57,6 +66,10 @@ ATTENTION = [
     AttentionCase(tiny(batch=2), "random", "auto", dtype="float16", place=PACKED),
     AttentionCase(tiny(157), "strewn", "auto", place=Place(40, 101)),
 ]
+GRADIENTS = [
+    GradientCase(tiny(), "masked"),
+    GradientCase(tiny(batch=2), "random", dtype="float16", place=PACKED),
+]
 SELECTION = [
     SelectionCase(tiny()),
     SelectionCase(tiny(157, batch=2), local_blocks=2, sink_blocks=1, place=Place(99, (0, 58))),
@@ -70,6 +83,10 @@ class TestWhatIsRight:
     @pytest.mark.parametrize("case", ATTENTION, ids=label)
     def test_attention_passes(self, case):
         assert not failures(attention.check(case, "reference"))
+
+    @pytest.mark.parametrize("case", GRADIENTS, ids=label)
+    def test_gradients_pass(self, case):
+        assert not failures(gradients.check(case, "reference"))
 
     @pytest.mark.parametrize("case", SELECTION, ids=label)
     def test_selection_passes(self, case):
@@ -116,6 +133,19 @@ def shift_log_sums(attend):
 
 
 class TestWhatIsWrong:
+    def test_wrong_gradients_fail(self, monkeypatch):
+        """Of an output whose log-sum-exp has no derivative."""
+
+        def detached(*arrays, **options):
+            o, lse = sparse_attention(*arrays, **options)
+            return o, jax.lax.stop_gradient(lse)
+
+        monkeypatch.setattr(gradients, "sparse_attention", detached)
+        gradients._jitted.cache_clear()
+        figures = gradients.check(GradientCase(tiny(), "random"), "reference")
+        gradients._jitted.cache_clear()
+        assert failures(figures) == {"dq_error", "dk_error"}
+
     @pytest.mark.parametrize(
         ("change", "failing"),
         [

@@ -57,7 +57,7 @@ def lowered(fn, *arrays):
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_lowers_with_64_bit_types_on(dtype, double_precision):
-    """All five kernels, with gradients, and of what was traced before it is differentiated.
+    """All eight kernels, with gradients, and of what was traced before it is differentiated.
 
     The interpreter could not run them: it traces parts of a kernel late, with 64 bits on.
     """
@@ -65,7 +65,7 @@ def test_lowers_with_64_bit_types_on(dtype, double_precision):
     assert {array.dtype.name for array in documents_and_offsets} == {dtype}
     with_gradients = jax.value_and_grad(jax.jit(loss), argnums=(0, 1, 2))
     text = lowered(with_gradients, *tensors(), *documents_and_offsets)
-    assert text.count("kernel_hash") == 5
+    assert text.count("kernel_hash") == 8
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])

@@ -13,8 +13,11 @@ from pallas_kernels.sparse_attention.reverse_index import (
     FIRST_TILE,
     GROUP,
     KEY_BLOCK,
+    NUM_PARTS,
     NUM_TILES,
     OWN_QUERY,
+    SLOT,
+    max_split_slices,
     reverse_index,
     row_length,
 )
@@ -131,6 +134,27 @@ def test_slices_cover_every_tile_of_every_list_once(picks, per_slice):
             position += 1
         assert next_tile == end, "no slice holds tiles of two lists"
     assert position == len(slices)
+
+
+@pytest.mark.parametrize("per_slice", [1, PER_SLICE, 100])
+@pytest.mark.parametrize("picks", [random_picks, same_for_all, no_overlap, nobody, holes])
+def test_slices_of_split_lists_have_slots_of_their_own(picks, per_slice):
+    ids = picks(np.random.default_rng(1))
+    index, lists = build_once(ids, per_tile=1, per_slice=per_slice), picks_by_list(ids)
+    expected_slots, expected_parts, next_slot = [], [], 0
+    for key in sorted(lists):
+        parts = -(-len(lists[key]) // per_slice)
+        split = parts > 1
+        expected_slots += list(range(next_slot, next_slot + parts)) if split else [-1]
+        expected_parts += [parts if split else 0] + [0] * (parts - 1)
+        next_slot += parts if split else 0
+    slices, count = np.asarray(index.slices), index.num_slices[0]
+    np.testing.assert_array_equal(slices[:count, SLOT], expected_slots)
+    np.testing.assert_array_equal(slices[:count, NUM_PARTS], expected_parts)
+    # A slice that is not in use belongs to no list.
+    assert (slices[count:, NUM_PARTS] == 0).all()
+    num_tiles = sum(map(len, lists.values()))
+    assert next_slot <= max_split_slices(num_tiles, per_slice)
 
 
 def test_rows_that_do_not_fit_into_one_key_are_sorted_apart(monkeypatch):

@@ -2,18 +2,16 @@
 
 import dataclasses
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_oracle
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from attention_cases import CHUNKS, SINGLE, Case, interpreted, run
 from op_cases import compiled
 
 from pallas_kernels.ahead_of_time import compile_for_h100
-from pallas_kernels.mosaic_gpu import SHARED_MEMORY_BYTES, Target, traced_for
+from pallas_kernels.mosaic_gpu import SHARED_MEMORY_BYTES
 from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
 from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, by_tiles
@@ -24,112 +22,6 @@ from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
 )
 from pallas_kernels.sparse_attention.mosaic_gpu import SCHEMES, SparseAttentionConfig
 from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
-from pallas_kernels.sparse_attention.union_mosaic_gpu import UnionConfig
-
-# The interpreter takes some 40 ms per tile: few queries and picks. Two thread blocks, short slices
-# and few slots, so that every ring goes round.
-SMALL = KVOuterConfig(
-    attention=AttentionConfig(num_consumers=2, tiles_per_slice=2, num_thread_blocks=2),
-    combine=CombineConfig(num_slots=2, num_thread_blocks=2),
-)
-UNION = UnionConfig(num_consumers=1, key_tile=64, ring=2)
-SINGLE = KVOuterConfig(
-    attention=AttentionConfig(num_consumers=1, num_kv_stages=1, num_thread_blocks=1),
-    combine=CombineConfig(num_consumers=1, num_thread_blocks=1),
-)
-# Rows of 64 queries, as many per chunk as 2 heads of 64 dims in 3 slots leave.
-CHUNKS = dataclasses.replace(SMALL, partial_bytes=64 * 3 * 16 * 64 * 2, queries_per_row=64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes and place of one call; without `slots` queries follow each other from the first on."""
-
-    per_group: int = 16
-    groups: int = 1
-    batch: int = 1
-    num_queries: int = 64
-    num_keys: int = 192
-    head_dim: int = 64
-    block_size: int = 64
-    top_k: int = 2
-    density: float = 0.4
-    query_offset: int | tuple[int, ...] = 128
-    documents: tuple[tuple[int, int], ...] = ()
-    dtype: str = "bfloat16"
-    config: KVOuterConfig = SMALL
-    scheme: str = "kv_outer"
-
-    def inputs(self):
-        rng = np.random.default_rng(0)
-        heads = self.per_group * self.groups
-        for length, count in (
-            (self.num_queries, heads),
-            (self.num_keys, self.groups),
-            (self.num_keys, self.groups),
-        ):
-            x = rng.normal(size=(self.batch, length, count, self.head_dim))
-            yield jnp.asarray(x, self.dtype)
-
-    def block_ids(self):
-        """Ascending, then -1: any block, of the future and of other documents too."""
-        rng = np.random.default_rng(1)
-        shape = self.batch, self.groups, self.num_queries, self.top_k
-        ids = np.full(shape, -1, np.int32)
-        num_blocks = -(-self.num_keys // self.block_size)
-        for index in np.ndindex(shape[:3]):
-            count = rng.binomial(min(self.top_k, num_blocks), self.density)
-            ids[index][:count] = np.sort(rng.choice(num_blocks, count, replace=False))
-        return ids
-
-    def segment_ids(self):
-        if not self.documents:
-            return None
-        segments = np.zeros((self.batch, self.num_keys), np.int32)
-        for number, (start, stop) in enumerate(self.documents):
-            segments[:, start:stop] = number + 1
-        return segments
-
-    def expected(self, q, k, v, block_ids):
-        exact = (np.asarray(x, np.float64) for x in (q, k, v))
-        return numpy_oracle.attention(*exact, self.mask(block_ids), 0.2)
-
-    def mask(self, block_ids):
-        return numpy_oracle.support(
-            self.batch,
-            self.groups,
-            self.num_queries,
-            self.num_keys,
-            block_ids,
-            self.block_size,
-            segment_ids=self.segment_ids(),
-            query_offset=self.query_offset,
-        )
-
-    def attend(self, q, k, v, block_ids):
-        """To be traced for some target."""
-        segments, offset = self.segment_ids(), self.query_offset
-        return mosaic_gpu.sparse_attention(
-            q,
-            k,
-            v,
-            jnp.asarray(block_ids),
-            None if segments is None else jnp.asarray(segments),
-            offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32),
-            block_size=self.block_size,
-            scale=0.2,
-            config=SparseAttentionConfig(self.scheme, UNION, self.config),
-        )
-
-
-def interpreted(races=False):
-    """Shared and device memory that nobody wrote is NaN."""
-    return traced_for(Target(interpret=plgpu.InterpretGPUParams(detect_races=races)))
-
-
-def run(case, q, k, v, block_ids, races=False):
-    with interpreted(races):
-        return compiled(case.attend)(q, k, v, block_ids)
 
 
 def assert_close(actual, expected):
@@ -209,30 +101,6 @@ def test_not_a_number_stays_with_the_queries_that_see_it():
     assert np.isnan(o[0, sees]).all()
     assert np.isnan(lse[0][:, sees]).all()
     assert not np.isnan(o[0, ~sees]).any()
-
-
-def test_gradients_are_those_of_the_reference(caplog):
-    case = Case(2, groups=2, density=0.2)
-    arrays, block_ids = tuple(case.inputs()), case.block_ids()
-    rng = np.random.default_rng(2)
-    do = jnp.asarray(rng.normal(size=arrays[0].shape), case.dtype)
-    dlse = jnp.asarray(rng.normal(size=(1, 4, case.num_queries)), jnp.float32)
-
-    def gradients(q, k, v):
-        _, pullback = jax.vjp(lambda *qkv: case.attend(*qkv, block_ids), q, k, v)
-        return pullback((do, dlse))
-
-    mosaic_gpu._report_backward.cache_clear()
-    # The output is not used, so that no kernel is left to be compiled.
-    with caplog.at_level(logging.INFO, "pallas_kernels"), traced_for(Target()):
-        actual = compiled(gradients)(*arrays)
-    assert caplog.text.count("backward pass runs as 'reference'") == 1
-    exact = (np.asarray(x, np.float64) for x in (*arrays, case.mask(block_ids), do, dlse))
-    q, k, v, mask, do, dlse = exact
-    expected = numpy_oracle.attention_gradients(q, k, v, mask > 0, do, dlse, 0.2)
-    for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == case.dtype
-        np.testing.assert_allclose(np.asarray(a, np.float64), e, atol=0.01 * np.abs(e).max())
 
 
 @pytest.mark.parametrize("scheme", ["union", "kv_outer"])

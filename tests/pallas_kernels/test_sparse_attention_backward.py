@@ -1,0 +1,203 @@
+"""Gradients of `sparse_attention` on Hopper: interpreted, and compiled ahead for an H100."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_oracle
+import pytest
+from attention_cases import BACKWARD, Case, interpreted
+from op_cases import compiled
+
+from pallas_kernels.ahead_of_time import compile_for_h100
+from pallas_kernels.sparse_attention.add_parts_mosaic_gpu import add_parts
+from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
+from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig, block_gradients
+from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
+from pallas_kernels.sparse_attention.mosaic_gpu import visible_block_ids
+from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
+
+# Rows of 64 queries, one per chunk.
+CHUNKS = dataclasses.replace(BACKWARD, queries_per_chunk=64)
+
+
+def cotangents(case, seed=2):
+    rng = np.random.default_rng(seed)
+    heads = case.per_group * case.groups
+    do = rng.normal(size=(case.batch, case.num_queries, heads, case.head_dim))
+    dlse = rng.normal(size=(case.batch, heads, case.num_queries))
+    return jnp.asarray(do, case.dtype), jnp.asarray(dlse, jnp.float32)
+
+
+def differentiate(case, arrays, block_ids, results, cotangents, races=False):
+    """The kernels' gradients, from an output and log-sum-exp of somebody else."""
+    segments, offset = case.segment_ids(), case.query_offset
+    offset = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+    segments = None if segments is None else jnp.asarray(segments)
+    visible = visible_block_ids(jnp.asarray(block_ids), segments, offset, case.block_size)
+    with interpreted(races):
+        return compiled(
+            lambda *a: backward(
+                *a[:3],
+                visible,
+                offset,
+                a[3:5],
+                a[5:],
+                block_size=case.block_size,
+                scale=0.2,
+                config=case.backward,
+            )
+        )(*arrays, *results, *cotangents)
+
+
+def exact(case, arrays, block_ids, cotangents):
+    """Results as the forward pass returns them, and exact gradients."""
+    o, lse = case.expected(*arrays, block_ids)
+    results = jnp.asarray(o, case.dtype), jnp.asarray(lse, jnp.float32)
+    double = (np.asarray(x, np.float64) for x in (*arrays, case.mask(block_ids), *cotangents))
+    q, k, v, mask, do, dlse = double
+    return results, numpy_oracle.attention_gradients(q, k, v, mask > 0, do, dlse, 0.2)
+
+
+def assert_close(case, actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == case.dtype
+        a = np.asarray(a, np.float64)
+        assert np.linalg.norm(a - e) < 0.008 * np.linalg.norm(e)
+        np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max())
+
+
+CASES = {
+    "groups of 16, from the first query": Case(groups=2, query_offset=0, num_keys=64, density=0.25),
+    "one head per group, two batch rows with offsets": Case(
+        1, batch=2, query_offset=(17, 128), density=0.2
+    ),
+    "groups of 4, padded to 8; ragged queries and keys; chunks": Case(
+        4,
+        groups=2,
+        num_queries=71,
+        num_keys=170,
+        query_offset=99,
+        top_k=4,
+        density=0.15,
+        backward=CHUNKS,
+    ),
+    "groups of 32, wide heads and blocks, float16": Case(
+        32,
+        head_dim=128,
+        block_size=128,
+        num_keys=256,
+        query_offset=130,
+        dtype="float16",
+        density=0.15,
+    ),
+    "documents with padding behind them": Case(
+        num_keys=256, query_offset=70, documents=((0, 64), (64, 90), (128, 250)), top_k=4
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients(case):
+    arrays, block_ids, given = tuple(case.inputs()), case.block_ids(), cotangents(case)
+    results, expected = exact(case, arrays, block_ids, given)
+    assert_close(case, differentiate(case, arrays, block_ids, results, given), expected)
+
+
+def test_all_queries_pick_one_block_and_no_races(capfd):
+    """Its list is cut into slices, whose sums are added in order: the same bits twice.
+
+    Query 0 stands where the last tile has nobody, and must not count there.
+    """
+    case = Case(8, block_size=128, num_keys=256, query_offset=128)
+    arrays, given = tuple(case.inputs()), cotangents(case)
+    block_ids = np.full((1, 1, case.num_queries, case.top_k), -1, np.int32)
+    block_ids[:, :, 0, 0] = 1
+    block_ids[:, :, 6:, 0] = 1
+    results, expected = exact(case, arrays, block_ids, given)
+    actual = differentiate(case, arrays, block_ids, results, given, races=True)
+    assert_close(case, actual, expected)
+    assert "RACE" not in capfd.readouterr().out
+    for first, second in zip(
+        actual, differentiate(case, arrays, block_ids, results, given), strict=True
+    ):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_without_any_block_gradients_are_zero():
+    case = Case()
+    arrays, given = tuple(case.inputs()), cotangents(case)
+    block_ids = np.full((1, 1, case.num_queries, case.top_k), -1, np.int32)
+    results, _ = exact(case, arrays, block_ids, given)
+    for array in differentiate(case, arrays, block_ids, results, given):
+        np.testing.assert_array_equal(array, 0)
+
+
+def test_gradients_of_the_op():
+    """Forward and backward kernels together, through the op's own derivative."""
+    case = Case(per_group=8, density=0.2, num_keys=128, query_offset=(64,))
+    arrays, block_ids, given = tuple(case.inputs()), case.block_ids(), cotangents(case)
+
+    def gradients(q, k, v, block_ids, do, dlse):
+        _, pullback = jax.vjp(lambda *qkv: case.attend(*qkv, block_ids), q, k, v)
+        return pullback((do, dlse))
+
+    with interpreted():
+        actual = compiled(gradients)(*arrays, block_ids, *given)
+    _, expected = exact(case, arrays, block_ids, given)
+    assert_close(case, actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GradientConfig(num_query_slots=1), "num_query_slots=1 must be at least 2"),
+        (lambda: GradientConfig(tiles_per_slice=0), "tiles_per_slice=0 must be at least 1"),
+        (lambda: GradientConfig(num_query_slots=4).check(128, 128), "bytes of shared memory"),
+        (lambda: BackwardConfig(partial_bytes=0), "partial_bytes=0 must be positive"),
+        (lambda: BackwardConfig(queries_per_chunk=96), "must be a power of two from 64 on"),
+    ],
+)
+def test_configs_say_what_is_wrong(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("per_group", "head_dim", "block_size", "dtype"),
+    [(g, 128, 128, "bfloat16") for g in (8, 16, 32, 64)]
+    + [(16, 64, 64, "bfloat16"), (16, 128, 64, "bfloat16"), (16, 64, 128, "bfloat16")]
+    + [(16, 128, 128, "float16")],
+)
+def test_gradient_kernel_compiles_without_spills(per_group, head_dim, block_size, dtype):
+    def differentiate(q, k, statistics, queries, slices, num_slices):
+        index = ReverseIndex(queries, queries, slices, num_slices)
+        sums = [jax.new_ref(jnp.zeros(k.shape, jnp.float32)) for _ in range(2)]
+        config = GradientConfig()
+        shape = {"block_size": block_size, "scale": 0.1, "config": config}
+        parts = block_gradients(q, q, k, k, statistics, index, *sums, **shape)
+        return parts, [jax.freeze(ref) for ref in sums]
+
+    shapes = [((2048, 4 * per_group, head_dim), dtype), ((2048, 4, head_dim), dtype)]
+    shapes += [((64 * per_group, 2, 64), "float32"), ((4096,), "int32")]
+    shapes += [((512, NUM_FIELDS), "int32"), ((1,), "int32")]
+    (kernel,) = compile_for_h100(differentiate, *(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert kernel.spill_bytes == 0
+
+
+def test_sums_of_parts_compile_without_spills():
+    def add(parts, slices, partial, places, weights):
+        dk, dv = (jax.new_ref(jnp.zeros((2048, 4, 128), jnp.float32)) for _ in range(2))
+        add_parts(parts, slices, dk, dv)
+        dq = jax.empty_ref(jax.ShapeDtypeStruct((2048, 64, 128), jnp.bfloat16))
+        start, config = jnp.int32(0), CombineConfig()
+        combine(partial, places, weights, dq, start, config=config, normalized=False)
+        return [jax.freeze(ref) for ref in (dq, dk, dv)]
+
+    tiles = 1, 4, 512, 16
+    shapes = [((8, 2, 128, 128), "float32"), ((32, NUM_FIELDS), "int32")]
+    shapes += [((4096, 16, 128), "bfloat16"), ((*tiles, 4), "int32"), ((*tiles, 64), "float32")]
+    kernels = compile_for_h100(add, *(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert len(kernels) == 2
+    assert not any(kernel.spill_bytes for kernel in kernels)
