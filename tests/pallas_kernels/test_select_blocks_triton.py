@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_oracle
 import pytest
+from op_cases import compiled
 from triton_assembler import assemble, spill_bytes
 from triton_cases import DOCUMENTS, Case
 from triton_interpreter import interpreted
@@ -28,8 +29,8 @@ def integers(case, dtype="float32", seed=0):
 
 
 def select(case, index_q, index_k, **options):
-    with interpreted():
-        selection = select_blocks(
+    def run(index_q, index_k):
+        return select_blocks(
             index_q,
             index_k,
             block_size=case.block_size,
@@ -38,7 +39,9 @@ def select(case, index_q, index_k, **options):
             **case.place(),
             **options,
         )
-    return np.asarray(selection.block_ids)
+
+    with interpreted():
+        return np.asarray(compiled(run)(index_q, index_k).block_ids)
 
 
 def assert_as_oracle(case, index_q, index_k, **options):

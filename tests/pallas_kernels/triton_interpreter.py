@@ -6,6 +6,7 @@ others can be compiled in the same process. What no kernel wrote is NaN.
 """
 
 import contextlib
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,10 @@ _LANGUAGE = (
 )
 
 
+# XLA may call back from several threads, and what is exchanged is the process's.
+_one_at_a_time = threading.Lock()
+
+
 def interpreted():
     """Traces kernels for the interpreter."""
     return traced_for(Target(80, interpreter=run))
@@ -43,8 +48,8 @@ def run(kernel, grid, out, constants, *inputs):
     arguments = dict(zip(names, pointers, strict=False)) | constants
     assert sorted(arguments) == sorted(names), "each argument once"
     builder = _interpreter.interpreter_builder
-    builder.set_grid_dim(*grid, *[1] * (3 - len(grid)))
-    with _interpreting(kernel) as function, np.errstate(all="ignore"):
+    with _one_at_a_time, _interpreting(kernel) as function, np.errstate(all="ignore"):
+        builder.set_grid_dim(*grid, *[1] * (3 - len(grid)))
         for index in np.ndindex(*builder.grid_dim):
             builder.set_grid_idx(*index)
             function(**arguments)
