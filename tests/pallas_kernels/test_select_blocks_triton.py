@@ -98,7 +98,7 @@ def test_dims_that_are_no_power_of_two_and_negative_scale():
 
 @pytest.mark.parametrize("pooling", ["max", "lse", "mean"])
 def test_not_a_number_is_worst_and_infinity_does_not_force(pooling):
-    """Scores of past blocks 0 to 8: NaN in one token of block 1, +inf in 2, -inf in 4, -0 in 5."""
+    """Scores of past blocks: NaN in one token of block 1, +inf in one of 2, -inf in all of 4."""
     case = CASE
     index_q = jnp.zeros((1, 30, 2, 16)).at[..., 0].set(1.0)
     keys = np.zeros((1, 150, 16), np.float32)
@@ -106,12 +106,21 @@ def test_not_a_number_is_worst_and_infinity_does_not_force(pooling):
     keys[0, 20, 0] = np.nan
     keys[0, 40, 0] = np.inf
     keys[0, 64:80, 0] = -np.inf
-    keys[0, 80:112, 0] = 0.0
-    keys[0, 80:96, 0] = -0.0
     for sinks in (0, 2):
         options = {"pooling": pooling, "num_sink_blocks": sinks}
         with np.errstate(invalid="ignore"):
             assert_as_oracle(case, index_q, jnp.asarray(keys), **options)
+
+
+def test_minus_zero_equals_zero():
+    """Scores that vanish: -0 in block 5, +0 in block 6, less in the others."""
+    case = Case(num_queries=20, num_keys=150, query_offset=130, top_k=2)
+    index_q = jnp.zeros((1, 20, 1, 16)).at[..., 0].set(1.0)
+    keys = np.zeros((1, 150, 16), np.float32)
+    keys[0, :, 0] = 3
+    keys[0, 80:96, 0], keys[0, 96:112, 0] = 1e-30, -1e-30
+    block_ids = select(case, index_q, jnp.asarray(keys), scale=-1e-30)
+    assert (block_ids[..., 0] == 5).all()
 
 
 @pytest.mark.parametrize(
