@@ -14,11 +14,14 @@ from pallas_kernels.checks import (
     check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.index_kl import reference
+from pallas_kernels.index_kl import reference, triton
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_and_heads
 
-IMPLEMENTATIONS = {"reference": reference.index_kl}
+IMPLEMENTATIONS = {
+    "triton": triton.index_kl,
+    "reference": reference.index_kl,
+}
 
 
 class IndexKL(NamedTuple):

@@ -14,7 +14,7 @@ from pallas_kernels.checks import (
     check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.select_blocks import mosaic_gpu, patterns, reference
+from pallas_kernels.select_blocks import mosaic_gpu, patterns, reference, triton
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_and_heads
 
@@ -22,6 +22,7 @@ POOLINGS = ("max", "lse", "mean")
 INDEX_PRECISIONS = ("native", "int8")
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.select_blocks,
+    "triton": triton.select_blocks,
     "reference": reference.select_blocks,
 }
 
