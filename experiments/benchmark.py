@@ -7,6 +7,11 @@ A full run is three commands, of some minutes each:
     python -m experiments.benchmark --lengths=1M --selections= --baselines=flash_attention_4 \\
         --skip_dense_above=1M --output=runs/benchmark/h100
 
+and one more for training, backward pass and KL included:
+
+    python -m experiments.benchmark --passes=training --lengths=8K,32K,128K \\
+        --selections=random,correlated --precisions=native --output=runs/benchmark/h100
+
 Records are appended to OUTPUT.jsonl as they come, and OUTPUT.json, .md and .svg are written at the
 end of each command, from all records in it. Every case runs in a process of its own and says on
 standard error what takes it how long. Baselines: cuDNN through jax, and FlashAttention-4 and
@@ -24,7 +29,15 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmarking import provenance, report, results, runner, timing
-from experiments.benchmarking.cases import BASELINES, PRECISIONS, SELECTIONS, parse_length, plan
+from experiments.benchmarking.cases import (
+    BASELINES,
+    FORWARD,
+    PASSES,
+    PRECISIONS,
+    SELECTIONS,
+    parse_length,
+    plan,
+)
 
 _DEFAULT_LENGTHS = "8K,32K,128K,1M"
 _SHAPE = {
@@ -65,6 +78,7 @@ def _time(values: flags.FlagValues, output: pathlib.Path, arguments: Sequence[st
             f"the benchmark needs an NVIDIA Hopper GPU, found {name}: "
             "`python -m experiments.benchmark_reference` times the plain-XLA operations on a CPU"
         )
+    (passes,) = _choices("passes", [values.passes], PASSES)
     cases = plan(
         [parse_length(text) for text in values.lengths],
         _choices("selections", values.selections, SELECTIONS),
@@ -72,6 +86,9 @@ def _time(values: flags.FlagValues, output: pathlib.Path, arguments: Sequence[st
         _choices("baselines", values.baselines, tuple(BASELINES)),
         skip_dense_above=parse_length(values.skip_dense_above),
         inputs=values.inputs,
+        passes=passes,
+        # Training says in its records what each op runs as; the forward pass refuses a fallback.
+        implementation="mosaic_gpu" if passes == FORWARD else "",
         **{field: values[name].value for name, (field, _) in _SHAPE.items()},
     )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +128,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     several("precisions", ",".join(PRECISIONS), "of the index: native (bf16), int8")
     several("baselines", ",".join(BASELINES), f"of {', '.join(BASELINES)}; may be empty")
     text("skip_dense_above", "256K", "longest length at which dense baselines are timed")
+    text("passes", FORWARD, f"one of {', '.join(PASSES)}")
     text("inputs", "", "npz file of experiments.capture_inputs, for the captured selection")
     text("output", "runs/benchmark/results", "path of the results without a suffix")
     flags.DEFINE_multi_string("render", [], "results to render instead", flag_values=values)

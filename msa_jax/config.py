@@ -14,7 +14,7 @@ IndexPrecision = Literal["native", "int8"]
 Selector = Literal["learned", "strided", "random", "sliding_window", "oracle"]
 Activation = Literal["swiglu", "swiglu_oai"]
 Router = Literal["sigmoid", "softmax"]
-Remat = Literal["none", "full", "attention", "dots"]
+Remat = Literal["none", "full", "save_selection", "attention", "dots"]
 
 
 class ConfigError(ValueError):

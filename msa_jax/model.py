@@ -14,11 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention import Mode, build_mixer
+from msa_jax.attention.msa import BLOCK_IDS
 from msa_jax.config import ArchitectureConfig, AttentionConfig, ConfigError, ModelConfig, Remat
 from msa_jax.nn.embedding import Embedding
 from msa_jax.nn.feed_forward import FeedForward
 from msa_jax.nn.moe import MoE
 from msa_jax.nn.norm import RMSNorm
+from pallas_kernels.residuals import LOG_SUM_EXP, OUTPUT
 
 
 class LayerKind(NamedTuple):
@@ -72,13 +74,16 @@ def plan_stages(config: ArchitectureConfig) -> tuple[Stage, ...]:
 def remat_policy(remat: Remat) -> Callable[..., Any] | None:
     """What the backward pass may keep from the forward pass of a layer.
 
-    "full" keeps the layer's input alone, "attention" also the attention output and the block ids
-    (so that neither selection nor attention runs twice), "dots" every matmul without batch dims.
+    "full" keeps the layer's input alone. "save_selection" also the block ids and the log-sum-exps,
+    which are small: selection, whose cost grows as N^2, does not run again, attention does.
+    "attention" keeps the attention output too, so that neither runs twice. "dots" keeps every
+    matmul without batch dims.
     """
     policies = jax.checkpoint_policies
     return {
         "full": policies.nothing_saveable,
-        "attention": policies.save_only_these_names("attention_out", "block_ids"),
+        "save_selection": policies.save_only_these_names(BLOCK_IDS, LOG_SUM_EXP),
+        "attention": policies.save_only_these_names(BLOCK_IDS, LOG_SUM_EXP, OUTPUT),
         "dots": policies.dots_with_no_batch_dims_saveable,
     }.get(remat)
 

@@ -19,6 +19,7 @@ BASELINES = {  # name: title
 DENSE = ("cudnn", "flash_attention_4")
 SELECTIONS = ("random", "identical", "correlated", "captured")
 PRECISIONS = ("native", "int8")
+FORWARD, TRAINING = PASSES = ("forward", "training")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Case:
       seed: of the random inputs.
       repeats: timed runs at most; fewer where one takes long.
       sampled_rows: query rows held to the oracle before anything is timed.
-      implementation: of both ops, for "msa".
+      implementation: of all ops, for "msa"; "" takes the best there is.
       inputs: npz file of the "captured" selection.
+      passes: "forward", or "training": forward, backward and, where there is one, the KL.
     """
 
     subject: str
@@ -60,6 +62,7 @@ class Case:
     sampled_rows: int = 32
     implementation: str = "mosaic_gpu"
     inputs: str = ""
+    passes: str = FORWARD
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -84,7 +87,8 @@ class Case:
     def label(self) -> str:
         """What it is called while the benchmark runs."""
         title = BASELINES.get(self.subject, self.subject)
-        return f"{title} at {self.length} tokens" if self.length else title
+        training = ", training" if self.passes == TRAINING else ""
+        return f"{title} at {self.length} tokens{training}" if self.length else title
 
 
 def plan(

@@ -3,13 +3,15 @@
 A selection is held to its scores by gap, since sums in another order flip near-ties.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Limits of a bf16 kernel. Scores are compared relative to the largest of their row.
-SCORE_GAP, OUTPUT_ERROR, LSE_ERROR = 1e-4, 1e-2, 5e-3
+SCORE_GAP, OUTPUT_ERROR, LSE_ERROR, GRADIENT_ERROR = 1e-4, 1e-2, 5e-3, 2e-2
 
 
 class CheckError(AssertionError):
@@ -82,6 +84,26 @@ def check_output(
     if not error <= OUTPUT_ERROR or not lse_error <= LSE_ERROR:
         raise CheckError(f"the worst row is {error:.2g} off the oracle, its lse {lse_error:.2g}")
     return {"output_error": error, "lse_error": lse_error}
+
+
+def check_gradients(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Holds sampled gradients, and the KL itself, to `exact_gradients`.
+
+    Args:
+      pairs: found and expected values by name.
+
+    Returns:
+      The relative errors, `<name>_error`.
+
+    Raises:
+      CheckError: one above the limit.
+    """
+    errors = {name: overall_error(*pair) for name, pair in pairs.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= GRADIENT_ERROR}
+    if wrong:
+        listed = ", ".join(f"{name} {error:.2g}" for name, error in wrong.items())
+        raise CheckError(f"off the exact gradients: {listed}")
+    return {f"{name}_error": error for name, error in errors.items()}
 
 
 def worst_row_error(o: np.ndarray, expected: np.ndarray) -> float:

@@ -66,7 +66,7 @@ def _pool(scores: Float[Array, "R H S"], block_size: int) -> Float[Array, "R H N
 
 
 @jax.jit
-def _gathered(x: Float[Array, "B S H D"], slots: Int[np.ndarray, "R H L"]):
+def gathered(x: Float[Array, "B S H D"], slots: Int[np.ndarray, "R H L"]):
     """x[0, slots[r, h], h] of all rows at once, [R, H, L, D]."""
     return x[0, slots, jnp.arange(x.shape[2])[:, None]]
 
@@ -98,9 +98,9 @@ def attention(
     slots, visible = slots.reshape(shape), visible.reshape(shape)
     queries_of_rows = np.asarray(sampled(q, rows), np.float64)
     places = np.where(visible, slots, 0).astype(np.int32)
-    gathered = (np.asarray(_gathered(x, places)) for x in (k, v))
+    arrays = (np.asarray(gathered(x, places)) for x in (k, v))
     outputs, log_sums = [], []
-    for row_queries, row_visible, *row in zip(queries_of_rows, visible, *gathered, strict=True):
+    for row_queries, row_visible, *row in zip(queries_of_rows, visible, *arrays, strict=True):
         keys, values = (np.asarray(x, np.float64) for x in row)
         queries = row_queries.reshape(groups, -1, head_dim)
         logits = np.einsum("hgd,hsd->hgs", queries, keys) * head_dim**-0.5

@@ -19,13 +19,14 @@ _INK, _GRID = THEME["ink"][0], THEME["grid"][0]
 _BASELINE_COLOUR = "#6b7280"
 
 
-def time_and_speedup(rows: Sequence[Row]) -> str:
+def time_and_speedup(rows: Sequence[Row], what: str) -> str:
     """An SVG on a white page: times and floors on the left, speed-ups on the right.
 
     Colours tell selections apart, dashes an 8-bit index.
 
     Args:
-      rows: of `results.rows`, at least one of MSA.
+      rows: of `results.rows`, of the same passes, at least one of MSA.
+      what: that is timed, such as "forward".
     """
     with matplotlib.rc_context({**STYLE, "legend.fontsize": 8.5}):
         figure = Figure(figsize=(10.5, 5.2), layout="constrained", facecolor="white")
@@ -39,6 +40,7 @@ def time_and_speedup(rows: Sequence[Row]) -> str:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_length(round(x))))
             axes.set_xlabel("tokens")
         _times(times, rows)
+        times.set_ylabel(f"time of one layer's {what} (ms)")
         _speedups(factors, rows)
         handles, labels = times.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
@@ -56,7 +58,7 @@ def _times(axes: Axes, rows: Sequence[Row]) -> None:
         _line(axes, series, _label(selection, precision), **_look(selection, precision))
     for precision, linestyle in (("native", ":"), ("int8", "-.")):
         series = [row for row in rows if row.precision == precision]
-        floors = {row.case.length: row.parts["both"].floor_ms for row in series}
+        floors = {row.case.length: row.whole.floor_ms for row in series}
         if floors:
             points = sorted(floors.items())
             label = f"floor, {_index(precision)}"
@@ -65,7 +67,6 @@ def _times(axes: Axes, rows: Sequence[Row]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.set_ylabel("time of one layer's forward (ms)")
 
 
 def _speedups(axes: Axes, rows: Sequence[Row]) -> None:
@@ -118,4 +119,4 @@ def _index(precision: str) -> str:
 def _line(axes: Axes, rows: Sequence[Row], label: str, **look: Any) -> None:
     if rows:
         x = [row.case.length for row in rows]
-        axes.plot(x, [row.parts["both"].median_ms for row in rows], label=label, **look)
+        axes.plot(x, [row.whole.median_ms for row in rows], label=label, **look)

@@ -47,6 +47,12 @@ def main_inputs(case: Case, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> MainI
     )
 
 
+def output_cotangent(case: Case, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:
+    """A standard normal gradient of the output, [B, T, Hq, D]."""
+    key = jax.random.key(case.seed + 2)
+    return _normal(key, case, (case.num_heads, case.head_dim), dtype)
+
+
 def index_inputs(
     case: Case, selection: str, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> IndexInputs:

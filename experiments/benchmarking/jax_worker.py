@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarking.cases import Case, phase
-from experiments.benchmarking.inputs import (
-    main_inputs,
-)
+from experiments.benchmarking.cases import TRAINING, Case, phase
+from experiments.benchmarking.inputs import main_inputs, output_cotangent
 from experiments.benchmarking.programs import Programs
 from experiments.benchmarking.timing import jax_chain, repeat
 
@@ -41,18 +39,25 @@ def ceilings(case: Case) -> Iterator[Record]:
 
 
 def cudnn(case: Case) -> Iterator[Record]:
-    """Dense causal attention by cuDNN."""
+    """Dense causal attention by cuDNN; in training with the gradients of q, k and v."""
+    training = case.passes == TRAINING
     phase("draw queries, keys, values")
     arrays = jax.block_until_ready(main_inputs(case))
+    cotangent = (output_cotangent(case),) if training else ()
 
     def attend(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
+    def train(q, k, v, do):
+        o, pullback = jax.vjp(attend, q, k, v)
+        return o, pullback(do)
+
+    name, program = ("training", train) if training else ("both", attend)
     phase("compile")
-    compiled = jax.jit(attend).lower(*arrays).compile()
-    phase("time both")
-    timing = repeat(jax_chain(lambda: compiled(*arrays)), case.repeats)
-    yield {"timings": {"both": timing.asdict()}, **memory({"both": compiled})}
+    compiled = jax.jit(program).lower(*arrays, *cotangent).compile()
+    phase(f"time {name}")
+    timing = repeat(jax_chain(lambda: compiled(*arrays, *cotangent)), case.repeats)
+    yield {"timings": {name: timing.asdict()}, **memory({name: compiled})}
 
 
 def describe(error: Exception) -> str:

@@ -35,20 +35,21 @@ def begin_compiling(case: Case, pool: Executor) -> dict[str, dict[str, Future]]:
     ids = array(case.num_kv_heads, case.length, case.top_k, dtype=jnp.int32)
 
     attend = _attend(case)
-    main = _begin("main", pool, attend, q, keys, keys, ids)
+    main = begin("main", pool, attend, q, keys, keys, ids)
     begun = {}
     for precision in case.precisions:
         select = _select(case, precision)
         both = _both(attend, select)
         begun[precision] = {
             "main": main,
-            "both": _begin(f"both, {precision}", pool, both, q, keys, keys, index_q, index_k),
-            "selection": _begin(f"selection, {precision}", pool, select, index_q, index_k),
+            "both": begin(f"both, {precision}", pool, both, q, keys, keys, index_q, index_k),
+            "selection": begin(f"selection, {precision}", pool, select, index_q, index_k),
         }
     return begun
 
 
-def _begin(name: str, pool: Executor, function, *types: jax.ShapeDtypeStruct) -> Future:
+def begin(name: str, pool: Executor, function, *types: Any) -> Future:
+    """Lowers a jitted function for arguments of these types here, and compiles it in the pool."""
     phase(f"lower {name}")
     try:
         return pool.submit(function.lower(*types).compile)

@@ -9,17 +9,19 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments.benchmarking import figures, results, summary
-from experiments.benchmarking.cases import BASELINES, MSA
+from experiments.benchmarking import figures, results, summary, training_report
+from experiments.benchmarking.cases import BASELINES, FORWARD, MSA, TRAINING
 from experiments.benchmarking.results import Part, Row
+from experiments.benchmarking.tables import Table, factors, gigabytes, head, milliseconds, span
 from msa_jax.eval.figures import short_length
 
 Record = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
 
 
 def write(runs: Sequence[Record], stem: pathlib.Path) -> None:
-    """Writes `stem` as .json, .md and .svg; without a time of MSA there is no plot.
+    """Writes `stem` as .json, .md and .svg, with a second plot, `stem`_training.svg, of training.
+
+    Without a time of MSA there is no plot.
 
     Args:
       runs: of `results.load`.
@@ -27,10 +29,10 @@ def write(runs: Sequence[Record], stem: pathlib.Path) -> None:
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     summary.save(runs, stem.with_suffix(".json"))
-    rows = results.rows(runs)
-    if any(row.case.subject == MSA for row in rows):
-        picture = figures.time_and_speedup(rows)
-        stem.with_suffix(".svg").write_text(picture, encoding="utf-8")
+    for passes, rows in _plotted(results.rows(runs)).items():
+        what = "forward" if passes == FORWARD else "forward, backward and KL"
+        path = stem.parent / f"{_picture(stem.name, passes)}.svg"
+        path.write_text(figures.time_and_speedup(rows, what), encoding="utf-8")
     stem.with_suffix(".md").write_text(page(runs, stem.name), encoding="utf-8")
 
 
@@ -49,14 +51,28 @@ def show(runs: Sequence[Record]) -> None:
         console.print(f"failed: {failure}", style="red", markup=False)
 
 
+def _plotted(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by passes, of those in which MSA was timed."""
+    passes = dict.fromkeys(row.case.passes for row in rows if row.case.subject == MSA)
+    return {name: [row for row in rows if row.case.passes == name] for name in passes}
+
+
+def _picture(name: str, passes: str) -> str:
+    return name if passes == FORWARD else f"{name}_{passes}"
+
+
 def _tables(rows: Sequence[Row]) -> dict[str, Table]:
+    trained = [row for row in rows if row.case.passes == TRAINING]
+    rows = [row for row in rows if row.case.passes == FORWARD]
     msa = [row for row in rows if row.case.subject == MSA]
-    return {
+    tables = {
         "Time and speed-up": _time_table(msa, rows),
         "Rates and floors": _rate_table(msa),
         "Checks and memory": _check_table(msa),
         "Baselines": _baseline_table([row for row in rows if row.case.subject != MSA]),
+        **training_report.tables(trained),
     }
+    return {title: table for title, table in tables.items() if table[1]}
 
 
 def _time_table(msa: Sequence[Row], rows: Sequence[Row]) -> Table:
@@ -65,14 +81,10 @@ def _time_table(msa: Sequence[Row], rows: Sequence[Row]) -> Table:
     header += [f"x {title}" for title in BASELINES.values()]
     lines = []
     for row in msa:
-        both, found = row.parts["both"], summary.speedups(row, rows)
-        line = [*_head(row), *(_ms(row.parts[name].median_ms) for name in results.PARTS)]
-        line += [f"{_ms(both.min_ms)} to {_ms(both.max_ms)}", f"{both.share:.0%}"]
-        for name in BASELINES:
-            speedup = found.get(name)
-            mark = "*" if speedup and speedup.extrapolated_from else ""
-            line.append(f"{speedup.factor:.2f}{mark}" if speedup else "-")
-        lines.append(line)
+        both = row.parts["both"]
+        line = [*head(row), *(milliseconds(row.parts[name].median_ms) for name in results.PARTS)]
+        line += [span(both), f"{both.share:.0%}"]
+        lines.append([*line, *factors(summary.speedups(row, rows))])
     return header, lines
 
 
@@ -82,7 +94,7 @@ def _rate_table(msa: Sequence[Row]) -> Table:
         header += [f"{name} TFLOP/s", f"{name} TB/s", f"{name} floor (ms)", f"{name} share"]
     lines = []
     for row in msa:
-        line = _head(row)
+        line = head(row)
         for name in ("selection", "main"):
             line += _rates(row.parts[name])
         lines.append(line)
@@ -95,11 +107,11 @@ def _check_table(msa: Sequence[Row]) -> Table:
     lines = []
     for row in msa:
         record, checked = row.record, row.record["checks"]
-        line = [*_head(row), *(f"{record['union'][n]:.1f}" for n in ("4", "8"))]
+        line = [*head(row), *(f"{record['union'][n]:.1f}" for n in ("4", "8"))]
         line += [f"{checked['selection_recall']:.4f}", f"{checked['selection_gap']:.1e}"]
         line += [f"{checked['output_error']:.1e}"]
-        line += [f"{checked['error_of_selection']:.1e}", _gb(record["peak_bytes"])]
-        lines.append([*line, _gb(record["temporary_bytes"]["both"])])
+        line += [f"{checked['error_of_selection']:.1e}", gigabytes(record["peak_bytes"])]
+        lines.append([*line, gigabytes(record["temporary_bytes"]["both"])])
     return header, lines
 
 
@@ -109,10 +121,14 @@ def _baseline_table(baselines: Sequence[Row]) -> Table:
     lines = []
     for row in baselines:
         part = row.parts["both"]
-        line = [short_length(row.case.length), BASELINES[row.case.subject], _ms(part.median_ms)]
-        line += [f"{_ms(part.min_ms)} to {_ms(part.max_ms)}"]
+        line = [
+            short_length(row.case.length),
+            BASELINES[row.case.subject],
+            milliseconds(part.median_ms),
+        ]
+        line += [span(part)]
         line += [str(row.record["timings"]["both"]["repeats"]), f"{part.teraflops:.0f}"]
-        lines.append([*line, _gb(row.record["peak_bytes"])])
+        lines.append([*line, gigabytes(row.record["peak_bytes"])])
     return header, lines
 
 
@@ -126,13 +142,16 @@ def page(runs: Sequence[Record], name: str) -> str:
         f"Ceilings measured in the same runs: {rates.matmul_flops / 1e12:.0f} TFLOP/s (bf16 "
         f"matmul), {rates.copy_bytes / 1e12:.2f} TB/s (copy, read and written bytes)."
     )
-    if any(row.case.subject == MSA for row in rows):
-        parts.append(f"![Time and speed-up against length]({name}.svg)")
+    for passes in _plotted(rows):
+        file = _picture(name, passes)
+        parts.append(f"![Time and speed-up against length, {passes}]({file}.svg)")
+    trained = [row for row in rows if row.case.passes == TRAINING]
+    if trained:
+        parts.append(training_report.introduction(trained))
     for title, (header, lines) in _tables(rows).items():
-        if lines:
-            rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
-            table = [header, rule, *lines]
-            parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
+        rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
+        table = [header, rule, *lines]
+        parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
     failed = results.failures(runs)
     if failed:
         lines = "\n".join(f"* {textwrap.shorten(line, 160)}" for line in failed)
@@ -178,19 +197,6 @@ def _environment(environment: Record) -> str:
     )
 
 
-def _head(row: Row) -> list[str]:
-    precision = {"native": "bf16"}.get(row.precision, row.precision)
-    return [short_length(row.case.length), row.selection, precision]
-
-
 def _rates(part: Part) -> list[str]:
     rates = [f"{part.teraflops:.0f}", f"{part.terabytes:.2f}"]
-    return [*rates, _ms(part.floor_ms), f"{part.share:.0%}"]
-
-
-def _ms(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
-
-
-def _gb(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.1f}"
+    return [*rates, milliseconds(part.floor_ms), f"{part.share:.0%}"]

@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.benchmarking.cases import CEILINGS, DENSE, Case
+from experiments.benchmarking.cases import CEILINGS, DENSE, TRAINING, Case
 from experiments.benchmarking.work import Ceilings, Work, work
 
 Record = dict[str, Any]
 
 PARTS = ("selection", "main", "both")
+TRAINING_PARTS = ("selection", "main", "backward", "kl", "training")
+# Parts that are others one after the other, and so are their floors.
+_SUMS = {"both": ("selection", "main"), "training": ("selection", "main", "backward", "kl")}
 
 
 class ResultError(ValueError):
@@ -53,7 +56,7 @@ class Row:
       case: what was timed.
       selection: kind of selection, "" for baselines.
       precision: of the index, "" for baselines.
-      parts: by name; baselines have "both", flash-msa also "selection".
+      parts: by name; baselines have "both" or "training", flash-msa's forward also "selection".
       record: what the process wrote.
     """
 
@@ -62,6 +65,11 @@ class Row:
     precision: str
     parts: dict[str, Part]
     record: Record
+
+    @property
+    def whole(self) -> Part:
+        """All that the case does."""
+        return self.parts["training" if self.case.passes == TRAINING else "both"]
 
 
 def load(paths: Sequence[pathlib.Path]) -> list[Record]:
@@ -108,7 +116,7 @@ def rows(runs: Sequence[Record]) -> list[Row]:
             name: _part(case, name, timing, precision, rates)
             for name, timing in record["timings"].items()
         }
-        latest[case.length, case.subject, selection, precision] = Row(
+        latest[case.length, case.subject, case.passes, selection, precision] = Row(
             case, selection, precision, parts, record
         )
     return sorted(latest.values(), key=lambda row: row.case.length)
@@ -136,11 +144,9 @@ def _wanted(case: Case) -> set[tuple[str, str, str]]:
 
 def _part(case: Case, name: str, timing: Record, precision: str, rates: Ceilings) -> Part:
     eight_bit = precision == "int8"
-    if name == "both" and case.subject not in DENSE:  # one after the other
-        floor = rates.floor_ms(work(case, "selection"), eight_bit=eight_bit)
-        floor += rates.floor_ms(work(case, "main"))
-    else:
-        floor = rates.floor_ms(work(case, name), eight_bit=eight_bit and name == "selection")
+    floor = 0.0
+    for part in (name,) if case.subject in DENSE else _SUMS.get(name, (name,)):
+        floor += rates.floor_ms(work(case, part), eight_bit=eight_bit and part == "selection")
     times = (timing["median_ms"], timing["min_ms"], timing["max_ms"])
     return Part(*times, floor, work(case, name))
 

@@ -24,21 +24,25 @@ def save(runs: Sequence[Record], path: pathlib.Path) -> None:
 
 
 def speedups(row: Row, all_rows: Sequence[Row]) -> dict[str, Speedup]:
-    """How many times faster than each baseline, at the same length.
+    """How many times faster than each baseline, at the same length and in the same passes.
 
     A dense baseline that was not timed there is extrapolated by N^2 from the longest length it was
     timed at; flash-msa is not of one power and is left out.
     """
     found = {}
     for name in BASELINES:
-        timed = {r.case.length: r.parts["both"] for r in all_rows if r.case.subject == name}
+        timed = {
+            other.case.length: other.whole
+            for other in all_rows
+            if (other.case.subject, other.case.passes) == (name, row.case.passes)
+        }
         length = row.case.length
         if length in timed:
-            found[name] = Speedup(timed[length].median_ms / row.parts["both"].median_ms)
+            found[name] = Speedup(timed[length].median_ms / row.whole.median_ms)
         elif name in DENSE and timed and max(timed) < length:
             known = max(timed)
             longer = timed[known].median_ms * (length / known) ** 2
-            found[name] = Speedup(longer / row.parts["both"].median_ms, known)
+            found[name] = Speedup(longer / row.whole.median_ms, known)
     return found
 
 
@@ -49,6 +53,7 @@ def summary(runs: Sequence[Record]) -> list[Record]:
         {
             "subject": row.case.subject,
             "length": row.case.length,
+            "passes": row.case.passes,
             "selection": row.selection,
             "precision": row.precision,
             "parts": {

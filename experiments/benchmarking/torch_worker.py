@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments.benchmarking.cases import Case, phase
+from experiments.benchmarking.cases import TRAINING, Case, phase
 from experiments.benchmarking.timing import Timing, repeat
 
 Record = dict[str, Any]
@@ -13,7 +13,7 @@ _CHUNK = 8192
 
 
 def flash_attention_4(case: Case) -> Iterator[Record]:
-    """Dense causal attention by FlashAttention-4."""
+    """Dense causal attention by FlashAttention-4; in training with its gradients."""
     phase("import flash_attn.cute")
     attention = importlib.import_module("flash_attn.cute")
     phase("draw inputs")
@@ -22,13 +22,21 @@ def flash_attention_4(case: Case) -> Iterator[Record]:
     k, v = (drawn((case.batch, case.length, case.num_kv_heads, case.head_dim)) for _ in "kv")
 
     def attend(length: int):
-        return attention.flash_attn_func(q[:, :length], k[:, :length], v[:, :length], causal=True)
+        arrays = (_first(x, length, axis=1) for x in (q, k, v))
+        return attention.flash_attn_func(*arrays, causal=True)
 
-    yield {"timings": {"both": _timed(case, "both", attend).asdict()}, "peak_bytes": _peak()}
+    if case.passes == TRAINING:
+        do = drawn(tuple(q.shape))
+        yield _trained(case, lambda n: attend(n)[:1], (q, k, v), lambda n: (_first(do, n, axis=1),))
+    else:
+        yield {"timings": {"both": _timed(case, "both", attend).asdict()}, "peak_bytes": _peak()}
 
 
 def flash_msa(case: Case) -> Iterator[Record]:
-    """MSA by flash-msa: its forward, selection included, and its selection alone."""
+    """MSA by flash-msa: its forward, selection included, and its selection alone.
+
+    In training: selection, forward, backward and the gradients of its KL, as one.
+    """
     phase("import flash_msa")
     library = importlib.import_module("flash_msa")
     selecting = importlib.import_module("flash_msa.msa_select_cutedsl")
@@ -42,13 +50,20 @@ def flash_msa(case: Case) -> Iterator[Record]:
     minimum = case.top_k * case.block_size
 
     def attend(length: int):
-        heads = (array[:, :, :length].contiguous() for array in (index_q, index_k, q, k, v))
+        heads = (_first(array, length, axis=2) for array in (index_q, index_k, q, k, v))
         return library.flash_msa_func(*heads, minimum, scale)
+
+    if case.passes == TRAINING:
+        do = drawn((case.batch, case.length, case.num_heads * case.head_dim))
+        one = importlib.import_module("torch").ones((), device="cuda")
+        arrays = (index_q, index_k, q, k, v)
+        yield _trained(case, attend, arrays, lambda n: (_first(do, n, axis=1), one))
+        return
 
     def select(length: int):
         return selecting.select_blocks(
-            index_q[:, :, :length].contiguous(),
-            index_k[:, :, :length].contiguous(),
+            _first(index_q, length, axis=2),
+            _first(index_k, length, axis=2),
             scale=scale,
             num_blocks=length // case.block_size,
             top_k_blocks=case.top_k,
@@ -59,6 +74,34 @@ def flash_msa(case: Case) -> Iterator[Record]:
         for name, call in (("both", attend), ("selection", select))
     }
     yield {"timings": timings, "peak_bytes": _peak()}
+
+
+def _first(x: Any, length: int, *, axis: int):
+    """The first tokens; all of them as they are, for a view's gradient would be another copy."""
+    return x if length == x.shape[axis] else x.narrow(axis, 0, length).contiguous()
+
+
+def _trained(
+    case: Case,
+    forward: Callable[[int], tuple],
+    inputs: tuple,
+    cotangents: Callable[[int], tuple],
+) -> Record:
+    """Times a forward pass and the gradients of all inputs, given those of what it returns."""
+    torch = importlib.import_module("torch")
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def train(length: int):
+        results = forward(length)
+        given = [
+            cotangent.to(result.dtype).reshape(result.shape)
+            for result, cotangent in zip(results, cotangents(length), strict=True)
+        ]
+        return torch.autograd.grad(results, inputs, given)
+
+    timing = _timed(case, "training", train, gradients=True)
+    return {"timings": {"training": timing.asdict()}, "peak_bytes": _peak()}
 
 
 class _Draw:
@@ -77,7 +120,7 @@ class _Draw:
         return out
 
 
-def _timed(case: Case, name: str, call: Callable[[int], Any]) -> Timing:
+def _timed(case: Case, name: str, call: Callable[[int], Any], *, gradients: bool = False) -> Timing:
     """Times `call` at the case's length after a first call, a shorter one where it takes long."""
     torch = importlib.import_module("torch")
 
@@ -90,7 +133,7 @@ def _timed(case: Case, name: str, call: Callable[[int], Any]) -> Timing:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         first = case.length if case.length <= 2**17 else _CHUNK  # beyond, a call is seconds
         phase(f"first call of {name}, {first} tokens")
         call(first)

@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 
-from experiments.benchmarking import jax_worker, msa_worker, torch_worker
-from experiments.benchmarking.cases import MARK, Case
+from experiments.benchmarking import jax_worker, msa_worker, torch_worker, training_worker
+from experiments.benchmarking.cases import MARK, TRAINING, Case
 from experiments.benchmarking.jax_worker import describe
 
+# The baselines look at the case's passes themselves.
 SUBJECTS = {
     "ceilings": jax_worker.ceilings,
     "msa": msa_worker.msa,
@@ -25,7 +26,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the case named by the only argument."""
     case = Case.from_json(json.loads(argv[1]))
     try:
-        for record in SUBJECTS[case.subject](case):
+        training = case.subject == "msa" and case.passes == TRAINING
+        run = training_worker.msa_training if training else SUBJECTS[case.subject]
+        for record in run(case):
             print(MARK + json.dumps(record), flush=True)
     except Exception as error:  # whatever the libraries raise becomes the case's record
         print(MARK + json.dumps({"error": describe(error)}), flush=True)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention.mixer import MixerOutput, Mode
@@ -70,16 +69,17 @@ class GQAttention(nnx.Module):
             cache = cache.append(k, v, None)
             k, v = cache.k, cache.v
         implementation = self.config.implementation
-        o = dense_attention(
+        o, _ = dense_attention(
             q,
             k,
             v,
             window=self.config.window,
             segment_ids=segment_ids,
             query_offset=offset,
+            return_lse=True,
             implementation=None if implementation == "auto" else implementation,
         )
-        y = self.main.output(checkpoint_name(o, "attention_out"))
+        y = self.main.output(o)
         return MixerOutput(y.astype(x.dtype), cache, shared, {})
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:

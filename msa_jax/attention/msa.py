@@ -24,6 +24,9 @@ from pallas_kernels import (
     sparse_attention,
 )
 
+# What a policy of rematerialisation calls the selection.
+BLOCK_IDS = "block_ids"
+
 
 class IndexBranch(nnx.Module):
     """x to one light query head per KV group and one key head for all (msa.md: two matrices).
@@ -146,11 +149,12 @@ class MSAttention(nnx.Module):
         selection = None
         if mode.phase == "sparse" or mode.diagnostics or mode.selections:
             selection = self._select(q, k, index_q, index_k, shared, implementation, **place)
+        attention = {"implementation": implementation, **place}
         if mode.phase == "warmup" or selection is None:
-            o = dense_attention(q, k, v, implementation=implementation, **place)
+            attended = dense_attention(q, k, v, return_lse=True, **attention)
         else:
-            o, _ = sparse_attention(q, k, v, selection, implementation=implementation, **place)
-        y = self.main.output(checkpoint_name(o, "attention_out"))
+            attended = sparse_attention(q, k, v, selection, **attention)
+        y = self.main.output(attended[0])  # the other is the log-sum-exp over the KL's support
 
         aux = {}
         if mode.losses and index_q is not None and index_k is not None:
@@ -193,7 +197,7 @@ class MSAttention(nnx.Module):
             **options,
             **place,
         )
-        ids = checkpoint_name(selection.block_ids, "block_ids")
+        ids = checkpoint_name(selection.block_ids, BLOCK_IDS)
         return BlockSelection(ids, selection.block_size)
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:

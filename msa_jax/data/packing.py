@@ -3,7 +3,8 @@
 A document longer than a row is cut into pieces of one row each and a shorter last one; every piece
 is packed, and to the model is, a document of its own: its own segment id, positions from 0. Best
 fit over a pool of open rows keeps padding to the part of a last block that a piece leaves empty,
-and little else. No token is dropped.
+and little else. No token is dropped. `join_documents` is the other way to fill rows: without
+padding, each row one document.
 
 A batch is a dict of int32 arrays [B, T]: `tokens`; `targets`, the next token of the document (also
 across a cut, so that no token goes unpredicted); `segment_ids`, 0 in padding, else counting from 1
@@ -54,7 +55,6 @@ def pack_documents(
         raise ValueError(
             f"sequence_length={sequence_length}: must be a multiple of block_size={block_size}"
         )
-    fewest, most = POOL_ROWS
     pieces = grain_experimental.FlatMapIterDataset(
         documents, _SplitDocuments(sequence_length, separator_id)
     )
@@ -62,11 +62,50 @@ def pack_documents(
         pieces,
         length_struct={"piece": sequence_length},
         pack_alignment_struct={"piece": block_size},
-        num_packing_bins=min(max(POOL_TOKENS // sequence_length, fewest), most),
+        num_packing_bins=_pool_rows(sequence_length),
         shuffle_bins=True,
         seed=seed,
     )
     return rows.map(_name_columns)
+
+
+def join_documents(
+    documents: grain.IterDataset,
+    *,
+    sequence_length: int,
+    separator_id: int | None,
+    seed: int,
+) -> grain.IterDataset:
+    """Joins a stream of documents end to end and cuts it into full rows, in shuffled order.
+
+    Each row is one document to the model: segment id 1, positions from 0, attention across the
+    borders of what was joined. No token is dropped; only the last row of a finite stream may be
+    padded, on the right.
+
+    Args:
+      documents: of arrays [n] of token ids; empty ones vanish.
+      sequence_length: T.
+      separator_id: see `split_document`.
+      seed: of the order of the rows.
+
+    Returns:
+      Rows, batches without their leading axis.
+    """
+    whole = grain_experimental.FlatMapIterDataset(
+        documents, _SplitDocuments(sys.maxsize, separator_id)
+    )
+    rows = grain_experimental.ConcatThenSplitIterDataset(
+        whole, length_struct={"piece": sequence_length}
+    )
+    shuffled = grain_experimental.WindowShuffleIterDataset(
+        rows, window_size=_pool_rows(sequence_length), seed=seed
+    )
+    return shuffled.map(_as_one_document)
+
+
+def _pool_rows(sequence_length: int) -> int:
+    fewest, most = POOL_ROWS
+    return min(max(POOL_TOKENS // sequence_length, fewest), most)
 
 
 def split_document(
@@ -120,6 +159,14 @@ def _name_columns(packed: Mapping[str, np.ndarray]) -> Batch:
         "positions": packed["piece_positions"],
         "loss_mask": columns[:, 2],
     }
+
+
+def _as_one_document(packed: Mapping[str, np.ndarray]) -> Batch:
+    real = (packed["piece_segment_ids"] > 0).astype(np.int32)
+    positions = np.arange(len(real), dtype=np.int32) * real
+    return _name_columns(
+        {"piece": packed["piece"], "piece_segment_ids": real, "piece_positions": positions}
+    )
 
 
 def padding_share(batch: Mapping[str, np.ndarray]) -> float:

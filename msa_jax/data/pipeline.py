@@ -66,7 +66,7 @@ class TrainIterator(Iterator[Batch]):
                 "their size), so the run cannot go on where it stood; restore the files, or start "
                 "a new run"
             )
-        self._batches.set_state(state["position"])
+        self._batches.set_state(_with_tuples(state["position"]))
 
 
 def train_iterator(
@@ -152,6 +152,17 @@ def _source(corpus: Corpus, config: DataConfig) -> grain.MapDataset:
     return grain.MapDataset.source(corpus).shuffle(seed=config.seed)
 
 
+def _with_tuples(state: Any) -> Any:
+    """A state as it was before JSON made lists of the slices that grain compares with tuples."""
+    if not isinstance(state, dict):
+        return state
+    slices = state.get("remainder_slices", {})
+    state = {key: _with_tuples(value) for key, value in state.items()}
+    if slices:
+        state["remainder_slices"] = {name: tuple(ends) for name, ends in slices.items()}
+    return state
+
+
 def _documents(chunks: grain.MapDataset, seed: int) -> grain.IterDataset:
     """The documents of each chunk, in an order drawn anew every epoch."""
     shuffled = chunks.random_map(_permute, seed=seed)
@@ -202,13 +213,15 @@ def _retrieval_documents(
 def _rows(
     documents: grain.IterDataset, config: DataConfig, tokenizer: Tokenizer, block_size: int
 ) -> grain.IterDataset:
-    return packing.pack_documents(
-        documents.map(tokenizer.encode),
-        sequence_length=config.sequence_length,
-        block_size=block_size,
-        separator_id=tokenizer.separator_id,
-        seed=config.seed,
-    )
+    options = {
+        "sequence_length": config.sequence_length,
+        "separator_id": tokenizer.separator_id,
+        "seed": config.seed,
+    }
+    encoded = documents.map(tokenizer.encode)
+    if config.join_documents:
+        return packing.join_documents(encoded, **options)
+    return packing.pack_documents(encoded, block_size=block_size, **options)
 
 
 def _rows_of_process(

@@ -1,4 +1,4 @@
-"""Where the wall clock's time goes, and model FLOPs utilisation from it."""
+"""Where the wall clock's time goes, model FLOPs utilisation from it, and memory."""
 
 import collections
 import contextlib
@@ -70,7 +70,9 @@ class StepClock:
         Returns:
           `clock/step_seconds` (mean), `clock/tokens_per_second` and, on a device whose peak is
           known, `clock/mfu_sparse` and `clock/mfu_dense_equivalent` (see `msa_jax.cost`), all of
-          timed steps; sums of what `measure` saw and of compilation.
+          timed steps; sums of what `measure` saw and of compilation; and where devices count it (a
+          CPU does not) `clock/peak_memory_bytes`, the fullest device's most since the process
+          began.
         """
         seconds = dict(self._seconds)
         step_seconds = seconds.pop("step", 0.0)
@@ -83,6 +85,12 @@ class StepClock:
                 kind = self._devices[0].device_kind
                 utilisation = cost.mfu(per_token, rate, kind, len(self._devices))
                 fields |= {} if utilisation is None else {f"mfu_{name}": utilisation}
+            peak = max(map(_peak_bytes, self._devices))
+            fields |= {"peak_memory_bytes": peak} if peak else {}
         self._seconds.clear()
         self._steps = self._tokens = 0
         return {f"{CLOCK_PREFIX}{name}": value for name, value in fields.items()}
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)

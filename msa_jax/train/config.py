@@ -30,6 +30,9 @@ class DataConfig:
       text_field: the column of `.jsonl` and `.parquet` records that holds the text.
       tokenizer: "byte", or the path of a Hugging Face `tokenizer.json`.
       sequence_length: tokens per packed row, a multiple of the attention block size.
+      join_documents: rows are cut from all documents joined end to end, each row one document to
+        the model: full context, no padding, and attention without a mask of documents, which cuDNN
+        can serve. False packs documents that do not see each other.
       batch_size: rows per optimizer step, over all devices and accumulation steps.
       validation_fraction: share of files held out.
       retrieval_task: the synthetic task that `retrieval_share` mixes in.
@@ -42,6 +45,7 @@ class DataConfig:
     text_field: str = "text"
     tokenizer: str = "byte"
     sequence_length: int = 1024
+    join_documents: bool = False
     batch_size: int = 8
     validation_fraction: float = 0.05
     retrieval_task: RetrievalTask = "passkey"

@@ -1,4 +1,4 @@
-"""A profile of a few training steps, for XProf or Perfetto."""
+"""A profile of a few training steps, for XProf, Perfetto or `experiments.profile_table`."""
 
 import os
 import pathlib

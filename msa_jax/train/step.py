@@ -45,12 +45,8 @@ def make_train_step(
     parts = config.optimizer.accumulation_steps
 
     def loss_of(params, variables, batch, totals, mode):
-        output = nnx.merge(graph, params, variables)(
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            mode=mode,
-        )
+        model = nnx.merge(graph, params, variables)
+        output = model(batch["tokens"], **_places(config, batch), mode=mode)
         counts = _counts(batch)
         tokens = counts["tokens"] / totals["tokens"]
         queries = counts["queries"] / totals["queries"]
@@ -114,12 +110,7 @@ def make_eval_step(
     @functools.partial(jax.jit, static_argnums=2)
     def step(state: TrainState, batch: Batch, mode: Mode) -> tuple[Array, Metrics]:
         model: Transformer = merge_model(graph, state)
-        output = model(
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            mode=mode,
-        )
+        output = model(batch["tokens"], **_places(config, batch), mode=mode)
         return token_losses(output.logits, batch["targets"]) * batch["loss_mask"], output.aux
 
     return step
@@ -151,6 +142,12 @@ def balance_experts(config: ExperimentConfig, variables: nnx.State, metrics: Met
 
     flat = nnx.to_flat_state(variables)
     return nnx.from_flat_state([(path, move(path, variable)) for path, variable in flat])
+
+
+def _places(config: ExperimentConfig, batch: Batch) -> dict[str, Array | None]:
+    """Where tokens stand. Joined rows are one document each: what pads the last is behind it."""
+    segment_ids = None if config.data.join_documents else batch["segment_ids"]
+    return {"positions": batch["positions"], "segment_ids": segment_ids}
 
 
 def _counts(batch: Batch) -> dict[str, Array]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.residuals import named
 from pallas_kernels.visibility import map_query_chunks, visible_slots
 
 
@@ -28,7 +29,8 @@ def dense_attention(
     o, lse = map_query_chunks(
         attend, (q,), (k, v, segment_ids), query_offset, bytes_per_query=score_bytes(q, k)
     )
-    return (o, lse.swapaxes(1, 2)) if return_lse else (o,)
+    o, lse = named(o, lse.swapaxes(1, 2))
+    return (o, lse) if return_lse else (o,)
 
 
 def accumulator_dtype(array: Array) -> jnp.dtype:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dense_attention.reference import masked_attention, score_bytes
+from pallas_kernels.residuals import named
 from pallas_kernels.selection import block_mask
 from pallas_kernels.visibility import map_query_chunks, visible_slots
 
@@ -33,7 +34,7 @@ def sparse_attention(
         query_offset,
         bytes_per_query=score_bytes(q, k),
     )
-    return o, lse.swapaxes(1, 2)
+    return named(o, lse.swapaxes(1, 2))
 
 
 def support(

@@ -7,7 +7,7 @@ from msa_jax.config import ConfigError
 from msa_jax.data.tokenizer import ByteTokenizer
 from msa_jax.train.config import ExperimentConfig, from_config_dict
 
-NAMES = ["quickstart", "pilot_10b", "msa_109b", "minimax_m3"]
+NAMES = ["quickstart", "h100_350m", "pilot_10b", "msa_109b", "minimax_m3"]
 
 
 def load(name: str, *arguments: str) -> ExperimentConfig:

@@ -13,7 +13,7 @@ from msa_jax.cost import parameter_count
 from msa_jax.model import Transformer
 from msa_jax.train.config import ExperimentConfig, from_config_dict
 
-NAMES = ["quickstart", "pilot_10b", "msa_109b", "minimax_m3"]
+NAMES = ["quickstart", "h100_350m", "pilot_10b", "msa_109b", "minimax_m3"]
 
 
 def load(name: str, arg: str) -> ArchitectureConfig:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from msa_jax.attention import Mode
+from msa_jax.attention.msa import BLOCK_IDS
 from msa_jax.config import (
     ArchitectureConfig,
     AttentionConfig,
@@ -17,7 +19,14 @@ from msa_jax.config import (
     ModelConfig,
     MoEConfig,
 )
-from msa_jax.model import LayerKind, Transformer, plan_stages, require_vocabulary
+from msa_jax.model import (
+    LayerKind,
+    Transformer,
+    plan_stages,
+    remat_policy,
+    require_vocabulary,
+)
+from pallas_kernels import BlockSelection, select_blocks, sparse_attention
 
 BATCH, LENGTH, VOCAB, EXPERTS = 2, 24, 17, 4
 BLOCK_SIZE = 4
@@ -234,8 +243,14 @@ def expected_gradients(make_model):
 
 @pytest.mark.parametrize(
     "model",
-    [{"remat": "full"}, {"remat": "attention"}, {"remat": "dots"}, {"scan_layers": False}],
-    ids=["full", "attention", "dots", "unrolled"],
+    [
+        {"remat": "full"},
+        {"remat": "save_selection"},
+        {"remat": "attention"},
+        {"remat": "dots"},
+        {"scan_layers": False},
+    ],
+    ids=["full", "save_selection", "attention", "dots", "unrolled"],
 )
 def test_rematerialised_and_unrolled_gradients_are_the_same(model, make_model, expected_gradients):
     values, (gradient,) = losses_and_gradients(
@@ -278,7 +293,8 @@ def test_without_the_detachment_the_kl_reaches_the_rest(make_model, expected_gra
 
 
 @pytest.mark.parametrize(
-    ("remat", "selections"), [("none", 1), ("dots", 2), ("full", 2), ("attention", 1)]
+    ("remat", "selections"),
+    [("none", 1), ("dots", 2), ("full", 2), ("save_selection", 1), ("attention", 1)],
 )
 def test_what_the_backward_pass_recomputes(remat, selections):
     """Counted by top-k, which has no gradient: it runs again unless the block ids were kept."""
@@ -291,6 +307,35 @@ def test_what_the_backward_pass_recomputes(remat, selections):
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(model, tokens())
     assert str(jaxpr).count(" top_k[") == selections
+
+
+def test_which_residuals_the_selection_policy_keeps():
+    """Layer input, block ids and log-sum-exp; of the attention output's size nothing but the input.
+
+    The log-sum-exp has a use in the backward pass only where a kernel's gradient or the KL reads
+    it, so here a loss does.
+    """
+
+    def layer(remat):
+        def attend(q, k, v):
+            selection = select_blocks(q[:, :, :2], k[:, :, 0], block_size=4, top_k=2)
+            ids = checkpoint_name(selection.block_ids, BLOCK_IDS)
+            o, lse = sparse_attention(q, k, v, BlockSelection(ids, 4))
+            return (jnp.sin(o) * jnp.sin(lse).sum()).sum()
+
+        return jax.checkpoint(attend, policy=remat_policy(remat))
+
+    q, k = (jnp.ones((1, 12, heads, 8)) for heads in (4, 2))
+    kept = {}
+    for remat in ("full", "save_selection", "attention"):
+        _, pullback = jax.vjp(layer(remat), q, k, k)
+        shapes = sorted(leaf.shape for leaf in jax.tree.leaves(pullback))
+        for array in (q, k, k):
+            shapes.remove(array.shape)
+        kept[remat] = shapes
+    assert kept["full"] == []
+    assert kept["save_selection"] == [(1, 2, 12, 2), (1, 4, 12)]
+    assert kept["attention"] == [(1, 2, 12, 2), (1, 4, 12), (1, 12, 4, 8)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

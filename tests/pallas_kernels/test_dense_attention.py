@@ -160,6 +160,44 @@ class TestReference(DenseAttentionTests):
                 np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6)
 
 
+@pytest.fixture
+def answered_by_xla(monkeypatch):
+    """Answers cuDNN's call on a CPU, with the same residuals; yields a list of the calls."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    answer, calls = jax.nn.dot_product_attention, []
+
+    def by_xla(*qkv, implementation, scale, **options):
+        assert implementation == "cudnn"
+        calls.append(scale)
+
+        def forward(q, k, v):
+            o = answer(q, k, v, implementation="xla", scale=scale, **options)
+            keys = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+            scores = jnp.einsum("bthd,bshd->bhts", q, keys, preferred_element_type="float32")
+            slots = jnp.arange(q.shape[1])
+            seen = slots[:, None] >= slots
+            if options["local_window_size"]:
+                seen &= slots[:, None] - slots <= options["local_window_size"][0]
+            lse = jax.nn.logsumexp(jnp.where(seen, scale * scores, -jnp.inf), axis=-1)
+            return o, (q, k, v, o, lse)
+
+        def backward(residuals, d_o):
+            q, k, v, o, lse = residuals
+            _, pullback = jax.vjp(
+                lambda *qkv: answer(*qkv, implementation="xla", scale=scale, **options), q, k, v
+            )
+            # Read, as cuDNN reads them, so that a pass that forgot them computes them again.
+            unchanged = 1 + 0 * (lse.sum() + o.astype("float32").sum())
+            return pullback((d_o * unchanged).astype(d_o.dtype))
+
+        attend = jax.custom_vjp(lambda *qkv: forward(*qkv)[0])
+        attend.defvjp(forward, backward)
+        return attend(*qkv)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    return calls
+
+
 class TestCudnn:
     """cuDNN itself needs a GPU; what it refuses, and what it is asked to compute, do not."""
 
@@ -175,7 +213,6 @@ class TestCudnn:
     def test_refuses_what_its_call_has_no_argument_for(self, monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         q, k, v = main_inputs("bfloat16")
-        assert "log-sum-exp" in self.refusal(q, k, v, return_lse=True)
         assert "packed documents" in self.refusal(q, k, v, **PACKED.arrays())
         for shifted in ({"query_offset": 21}, {"query_offset": jnp.array([21, 5])}, {}):
             assert "aligns the first query" in self.refusal(q[:, :16], k, v, **shifted)
@@ -187,19 +224,71 @@ class TestCudnn:
             assert f"head_dim={head_dim}" in self.refusal(*odd)
 
     @pytest.mark.parametrize("window", WINDOWS)
-    def test_is_asked_for_the_op(self, window, monkeypatch):
-        """Scale, head order, causality and window, with XLA answering the same call."""
+    def test_is_asked_for_the_op(self, window, answered_by_xla):
+        """Scale, head order, causality, window and gradients, with XLA answering the same call."""
+        assert_as_oracle = TestReference().assert_as_oracle
+        arguments = (*main_inputs("bfloat16"), *cotangents("bfloat16"))
+        options = {"window": window, "scale": 0.7, "implementation": "cudnn"}
+        results = attend.__wrapped__(*arguments, **options)
+        assert results[1].dtype == "float32"
+        assert_as_oracle(results, arguments, ONE_DOCUMENT.support(window=window), scale=0.7)
+
+    def test_one_call_gives_output_log_sum_exp_and_gradients(self, answered_by_xla):
+        """A log-sum-exp that the loss does not read costs nothing; one that it reads, a pass."""
+        qkv = main_inputs("bfloat16")
+
+        def loss(weight, *qkv):
+            o, lse = dense_attention(*qkv, return_lse=True, implementation="cudnn")
+            lse = lse if weight else jax.lax.stop_gradient(lse)
+            return (o * lse.swapaxes(1, 2)[..., None]).sum()
+
+        for weight, calls in ((0, 1), (1, 2)):
+            answered_by_xla.clear()
+            jax.grad(functools.partial(loss, weight), argnums=(0, 1, 2))(*qkv)
+            assert len(answered_by_xla) == calls
+
+    def test_a_policy_keeps_what_the_backward_rule_reads(self, answered_by_xla):
+        qkv = main_inputs("bfloat16")
+
+        def loss(*qkv):
+            return dense_attention(*qkv, implementation="cudnn").astype("float32").sum()
+
+        def calls(*names):
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
+            gradient = jax.grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2))
+            # The stand-in's forward pass is an exponential, its backward pass another.
+            return str(jax.make_jaxpr(gradient)(*qkv)).count(" exp ")
+
+        assert calls() == 1 + calls("attention_out", "attention_lse")
+
+    def test_jaxs_own_call_is_one_forward_and_one_backward(self, monkeypatch):
+        """In the text that jax lowers for CUDA, which takes no GPU; the log-sum-exp is float32."""
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        module = "jax._src.cudnn.fused_attention_stablehlo"
+        monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91400)
+        monkeypatch.setattr(f"{module}.check_compute_capability", lambda _: True)
+        monkeypatch.setattr(f"{module}.is_cuda_compute_capability_equal", lambda _: False)
+
+        def loss(q, k, v):
+            o, lse = dense_attention(q, k, v, return_lse=True, implementation="cudnn")
+            return o.astype("float32").sum(), lse
+
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        traced = gradient.trace(*(x[:, :60] for x in main_inputs("bfloat16")))  # it must be even
+        calls = traced.lower(lowering_platforms=("cuda",)).as_text().split("custom_call @__cudnn")
+        forward, backward = calls[1:]
+        statistics = f"tensor<{BATCH}x{NUM_HEADS}x60xf32>"
+        assert forward.startswith("$fmhaSoftmax(")
+        assert backward.startswith("$fmhaSoftmaxBackward(")
+        assert statistics in forward.splitlines()[0]
+        assert statistics in backward.splitlines()[0]
+
+    def test_refuses_a_jax_that_keeps_no_log_sum_exp(self, monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         answer = jax.nn.dot_product_attention
 
         def by_xla(*qkv, implementation, **options):
-            assert implementation == "cudnn"
             return answer(*qkv, implementation="xla", **options)
 
         monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-        q, k, v = main_inputs("bfloat16")
-        o = dense_attention(q, k, v, window=window, scale=0.7, implementation="cudnn")
-        expected, _ = numpy_oracle.attention(
-            *exact(q, k, v), ONE_DOCUMENT.support(window=window), scale=0.7
-        )
-        assert_close(o, expected, {"bfloat16": 2.0**-6})
+        assert "keeps no float32" in self.refusal(*main_inputs("bfloat16"))

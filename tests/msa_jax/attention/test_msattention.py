@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msa_jax.attention import GQAttention, Mode, MSAttention
+import pallas_kernels
+from msa_jax.attention import GQAttention, Mode, MSAttention, msa
 from msa_jax.config import AttentionConfig
 
 BATCH, LENGTH, D_MODEL = 2, 24, 12
@@ -88,6 +89,19 @@ def test_early_queries_and_the_warm_up_phase_attend_densely(make_layer):
     warmup = run(layer, x, mode=Mode(phase="warmup", losses=True, selections=True))
     np.testing.assert_allclose(warmup.y, expected, rtol=1e-4, atol=1e-5)
     assert "block_ids" in warmup.aux
+
+
+def test_warm_up_is_one_dense_call_that_gives_the_log_sum_exp_too(make_layer, monkeypatch):
+    calls = []
+
+    def dense_attention(*arrays, **options):
+        calls.append(options)
+        return pallas_kernels.dense_attention(*arrays, **options)
+
+    monkeypatch.setattr(msa, "dense_attention", dense_attention)
+    monkeypatch.setattr(msa, "sparse_attention", None)
+    jax.eval_shape(functools.partial(make_layer(), mode=Mode("warmup", losses=True)), inputs())
+    assert [call["return_lse"] for call in calls] == [True]
 
 
 def softmax(scores):

@@ -10,6 +10,7 @@ import pytest
 
 from msa_jax.data.packing import (
     BATCH_KEYS,
+    join_documents,
     pack_documents,
     padding_share,
     split_document,
@@ -81,6 +82,32 @@ def test_every_token_once_with_its_successor_as_target(packing):
     else:  # one separator before each document, which predicts its first token
         assert sorted(targets[~real]) == sorted(first)
         assert masks.all()
+
+
+@pytest.mark.parametrize("separator_id", [None, 0])
+def test_joined_rows_are_full_and_hold_every_token_once(separator_id):
+    """Short documents, one longer than a row, empty ones, and what is left for the last row."""
+    documents = number_documents([5, 0, 40, 1, 7, 3, 16])
+    stream = grain.MapDataset.source(documents).to_iter_dataset()
+    rows = list(join_documents(stream, sequence_length=16, separator_id=separator_id, seed=0))
+    batch = {key: np.stack([row[key] for row in rows]) for key in BATCH_KEYS}
+    assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
+    validate_batch(batch, 16)
+    real = batch["segment_ids"] == 1
+    assert (batch["segment_ids"][~real] == 0).all()
+    assert sorted(real.sum(1))[1:] == [16] * (len(rows) - 1)
+    assert (batch["positions"] == np.arange(16) * real).all()
+    columns = [batch[key][real] for key in ("tokens", "targets", "loss_mask")]
+    for token, target, mask in zip(*columns, strict=True):
+        ends = token and any(len(d) and token == d[-1] for d in documents)
+        if token == 0:
+            assert target == 1 or any(target - 1 == d[-1] for d in documents if len(d))
+        elif ends:
+            assert (target, mask) == (0, separator_id is not None)
+        else:
+            assert (target, mask) == (token + 1, 1)
+    assert sorted(columns[0][columns[0] > 0]) == list(range(1, 73))
+    assert (columns[0] == 0).sum() == (0 if separator_id is None else 6)
 
 
 @hypothesis.settings(deadline=None, max_examples=50)

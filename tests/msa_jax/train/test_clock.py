@@ -61,3 +61,12 @@ def test_utilisation_is_flops_over_the_peak_of_all_devices(clock, monkeypatch, p
     assert (fields["clock/mfu_sparse"] < fields["clock/mfu_dense_equivalent"]) == (
         phase == "sparse"
     )
+
+
+def test_memory_is_the_fullest_devices_peak(clock, monkeypatch):
+    peaks = dict(zip(jax.devices()[:2], (5, 7), strict=True))
+    monkeypatch.setattr("msa_jax.train.clock._peak_bytes", peaks.get)
+    clock.add_step("sparse", 1.0, 100)
+    assert "clock/peak_memory_bytes" not in clock.take("sparse")  # nothing but compilation yet
+    clock.add_step("sparse", 1.0, 100)
+    assert clock.take("sparse")["clock/peak_memory_bytes"] == 7

@@ -357,3 +357,18 @@ def test_biases_rest_where_nothing_uses_or_moves_them(moe):
     variables = state_of(config, mesh_of()).variables
     metrics = {"expert_load": jnp.ones((6, 3)).at[:, 0].set(9)}
     assert balance_experts(config, variables, metrics) is variables
+
+
+def test_joined_rows_are_one_document():
+    """Also where a batch says otherwise; every target is then scored as with one document a row."""
+    mesh, data = mesh_of(), batch()
+    one = data | {"segment_ids": np.ones_like(data["segment_ids"])}
+    state = state_of(CONFIG, mesh)
+
+    def losses(config, data):
+        with jax.set_mesh(mesh):
+            return np.asarray(make_eval_step(config)(state, place_batch(data, mesh), Mode())[0])
+
+    joined = changed(data={"join_documents": True})
+    np.testing.assert_allclose(losses(joined, data), losses(CONFIG, one), rtol=1e-5, atol=1e-6)
+    assert np.abs(losses(joined, data) - losses(CONFIG, data)).max() > 1e-3
