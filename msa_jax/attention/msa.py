@@ -147,16 +147,23 @@ class MSAttention(nnx.Module):
         if mode.phase == "sparse" or mode.diagnostics or mode.selections:
             selection = self._select(q, k, index_q, index_k, shared, implementation, **place)
         if mode.phase == "warmup" or selection is None:
-            o = dense_attention(q, k, v, implementation=implementation, **place)
+            o, lse = dense_attention(q, k, v, implementation=implementation, **place), None
         else:
-            o, _ = sparse_attention(q, k, v, selection, implementation=implementation, **place)
+            o, lse = sparse_attention(q, k, v, selection, implementation=implementation, **place)
         y = self.main.output(checkpoint_name(o, "attention_out"))
 
         aux = {}
         if mode.losses and index_q is not None and index_k is not None:
             support = None if mode.phase == "warmup" else selection
             kl, _ = index_kl(
-                q, k, index_q, index_k, support, implementation=implementation, **place
+                q,
+                k,
+                index_q,
+                index_k,
+                support,
+                main_lse=lse,
+                implementation=implementation,
+                **place,
             )
             aux["index_kl"] = _mean_over_real(kl, segment_ids)
         if selection is not None and self.computes_selection:
