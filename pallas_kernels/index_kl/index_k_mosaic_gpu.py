@@ -95,7 +95,7 @@ def index_k_gradient(
     return parts.sum(1).reshape(num_blocks * block_size, width)
 
 
-def _by_block(tiles: Tiles, num_blocks: int) -> tuple[Int[Array, "M"], Int[Array, "blocks+1"]]:
+def _by_block(tiles: Tiles, num_blocks: int) -> tuple[Int[Array, "M"], Int[Array, "boundaries"]]:
     """The tiles in the order of their key block, and where each block's start."""
     used = jnp.arange(len(tiles.tiles), dtype=jnp.int32) < tiles.num_tiles
     block = jnp.where(used, tiles.tiles[:, KEY_BLOCK], num_blocks)
@@ -203,9 +203,7 @@ def _produce(statics: _Statics, refs: _Refs, smem: _Scratch, worker):
             pl.when(number >= slots)(lambda: plgpu.barrier_wait(smem.empty.at[worker, slot]))
             tile = refs.order[n]
             full = smem.full.at[worker, slot]
-            plgpu.copy_gmem_to_smem(
-                refs.gradients.at[tile], smem.gradients.at[worker, slot], full
-            )
+            plgpu.copy_gmem_to_smem(refs.gradients.at[tile], smem.gradients.at[worker, slot], full)
             plgpu.copy_gmem_to_smem(
                 refs.index_q.at[refs.row_tiles[tile]], smem.index_q.at[worker, slot], full
             )

@@ -37,6 +37,9 @@ from pallas_kernels.sparse_attention.reverse_index import row_length
 # The block size of the dense form, whose support has none of its own.
 _DENSE_BLOCK = 128
 
+# Blocks whose results XLA adds up while it gathers them; of more it would first make a copy.
+_SUMMED_AT_A_TIME = 64
+
 _LOG2_E = math.log2(math.e)
 
 
@@ -61,9 +64,7 @@ class IndexKLConfig:
             raise ValueError(f"chunk_bytes={self.chunk_bytes} must be positive")
         row = self.queries_per_row
         if row is not None and (row < TILE_QUERIES or row & (row - 1)):
-            raise ValueError(
-                f"queries_per_row={row} must be a power of two from {TILE_QUERIES} on"
-            )
+            raise ValueError(f"queries_per_row={row} must be a power of two from {TILE_QUERIES} on")
 
 
 class _Options(NamedTuple):
@@ -265,8 +266,20 @@ def _summed(
 ) -> Float[Array, "B Hkv T W"]:
     """Sum over each query's blocks, in their order."""
     flat = partial.reshape(-1, partial.shape[-1])
-    found = flat.at[jnp.maximum(places, 0)].get(mode="promise_in_bounds")
-    return jnp.where((places >= 0)[..., None], found.astype(jnp.float32), 0.0).sum(3)
+    top_k = places.shape[3]
+    at_a_time = min(top_k, _SUMMED_AT_A_TIME)
+    missing = -top_k % at_a_time
+    places = jnp.pad(places, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=-1)
+
+    def add(i, total):
+        at = jax.lax.dynamic_slice_in_dim(places, i * at_a_time, at_a_time, axis=3)
+        found = flat.at[jnp.maximum(at, 0)].get(mode="promise_in_bounds")
+        return total + jnp.where((at >= 0)[..., None], found.astype(jnp.float32), 0.0).sum(3)
+
+    nothing = jnp.zeros((*places.shape[:3], partial.shape[-1]), jnp.float32)
+    if top_k == at_a_time:
+        return add(0, nothing)
+    return jax.lax.fori_loop(0, places.shape[3] // at_a_time, add, nothing)
 
 
 class _Call:

@@ -313,7 +313,10 @@ def _for_each_tile(worker: _Worker, visit):
     """
     refs = worker.refs
     workers, _, thread_blocks = _sizes(worker.statics.config)
-    first, stride = lax.axis_index("thread_block") * workers + worker.number, thread_blocks * workers
+    first, stride = (
+        lax.axis_index("thread_block") * workers + worker.number,
+        thread_blocks * workers,
+    )
     num_tiles = lax.div(refs.num_tiles[0] - first + (stride - 1), stride)
 
     def read(n):
@@ -349,9 +352,7 @@ def _produce(worker: _Worker):
     def visit(n, tile, step):
         pl.when(n > 0)(lambda: plgpu.barrier_wait(smem.k_empty.at[this]))
         keys = pl.ds(tile.key_block * block_size, block_size)
-        plgpu.copy_gmem_to_smem(
-            refs.k.at[keys, tile.group], smem.k.at[this], smem.k_full.at[this]
-        )
+        plgpu.copy_gmem_to_smem(refs.k.at[keys, tile.group], smem.k.at[this], smem.k_full.at[this])
         heads = pl.ds(tile.group * per_group, per_group)
         num_steps = _num_steps(worker, tile)
 
