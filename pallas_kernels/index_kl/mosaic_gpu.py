@@ -378,7 +378,9 @@ class _Call:
         lse = by_row(self.lse, tiles, jnp.inf).reshape(len(tiles.queries), -1, STEP_ROWS)
         return TileInputs(self.q, self.k, by_row(self.index_q, tiles, 0.0), self.index_k, lse)
 
-    def whole(self, chunks: Float[Array, "chunks B Hkv T *rest"]) -> Float[Array, "B Hkv T *rest"]:
+    def whole(
+        self, chunks: Float[Array, "chunks B Hkv length *rest"]
+    ) -> Float[Array, "B Hkv queries *rest"]:
         """The chunks' results one after the other, less what was added to fill the last."""
         chunks = jnp.moveaxis(chunks, 0, 2)
         merged = chunks.reshape(*chunks.shape[:2], -1, *chunks.shape[4:])

@@ -27,7 +27,7 @@ def index_kl(
     block_ids: Int[Array, "B Hkv T K"] | None,
     segment_ids: Int[Array, "B S"] | None,
     query_offset: Int[Array, "B"] | int,
-    main_lse: Float[Array, "B Hq T"] | None = None,
+    main_lse: Float[Array, "B Hq T"] | None,
     *,
     block_size: int,
     scale: float,

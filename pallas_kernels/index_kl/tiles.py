@@ -1,7 +1,8 @@
 """The work of the KL kernels: tiles of 64 queries of one group against one key block.
 
-A tile's queries are those of a *row tile*, 64 *rows* that most arrays are stored by: with a selection
-the queries that picked the block, without one 64 neighbours, which serve all blocks before them.
+A tile's queries are those of a *row tile*, 64 *rows* that most arrays are stored by: with a
+selection the queries that picked the block, without one 64 neighbours, which serve all blocks
+before them.
 Built by XLA without atomics: the same in every run.
 """
 
@@ -23,8 +24,8 @@ from pallas_kernels.sparse_attention.reverse_index import (
 # Queries of a tile.
 TILE_QUERIES = 64
 
-# Columns of `Tiles.tiles`. With one tile per slice of the reverse index, a slice's first tile is its
-# row tile, and the number of its tiles leaves room for that of its queries.
+# Columns of `Tiles.tiles`. With one tile per slice of the reverse index, a slice's first tile is
+# its row tile, and the number of its tiles leaves room for that of its queries.
 ROW_TILE, NUM_QUERIES = FIRST_TILE, NUM_TILES
 __all__ = ["GROUP", "KEY_BLOCK", "NUM_QUERIES", "OWN_QUERY", "ROW_TILE", "TILE_QUERIES"]
 

@@ -128,7 +128,8 @@ def block_terms(
 
     Returns:
       Over the block's visible keys j, with teacher t and index scores x: LSE the log-sum-exp of x,
-      DIVERGENCE the sum of t (log t - x + LSE), MASS the sum of t. Rows of nobody may hold anything.
+      DIVERGENCE the sum of t (log t - x + LSE), MASS the sum of t. Rows of nobody may hold
+      anything.
     """
     out = jax.ShapeDtypeStruct((len(tiles.tiles), NUM_TERMS, TILE_QUERIES), jnp.float32)
     # float16 is the finer one for numbers of a known size.
@@ -221,14 +222,14 @@ class _Worker(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """A row of `Tiles.tiles` as scalars, and its number."""
+    """The number of a row of `Tiles.tiles`, and the row as scalars."""
 
+    number: jax.Array
     group: jax.Array
     key_block: jax.Array
     row_tile: jax.Array
     num_queries: jax.Array
     own_query: jax.Array
-    number: jax.Array
 
 
 _FIELDS = GROUP, KEY_BLOCK, ROW_TILE, NUM_QUERIES, OWN_QUERY
@@ -321,7 +322,7 @@ def _for_each_tile(worker: _Worker, visit):
 
     def read(n):
         number = jnp.minimum(first + n * stride, refs.tiles.shape[0] - 1)
-        return _Tile(*(refs.tiles[number, field] for field in _FIELDS), number)
+        return _Tile(number, *(refs.tiles[number, field] for field in _FIELDS))
 
     def visit_next(n, carry):
         current, step = carry
@@ -493,7 +494,7 @@ def _write_terms(worker: _Worker, tile: _Tile, slot, teacher):
     scores = _index_scores(worker, slot)
     plgpu.barrier_arrive(smem.q_empty.at[this, slot])
     plgpu.barrier_arrive(smem.index_empty.at[this])
-    shape = scores.shape
+    shape = TILE_QUERIES, worker.statics.scales.block_size
     visible = _visible(worker, tile)
     scores = jnp.where(visible, scores, -jnp.inf)
     teacher = teacher * (2.0**-TEACHER_SHIFT / worker.statics.scales.num_heads)
@@ -514,7 +515,7 @@ def _write_terms(worker: _Worker, tile: _Tile, slot, teacher):
 def _write_gradients(worker: _Worker, tile: _Tile, slot, teacher):
     """Ends a tile of `score_gradients`."""
     smem, this = worker.smem, worker.number
-    shape = teacher.shape
+    shape = TILE_QUERIES, worker.statics.scales.block_size
 
     def factor(column):
         return by_rows(_load_rows(worker.refs.factors.at[tile.row_tile, column]), shape)

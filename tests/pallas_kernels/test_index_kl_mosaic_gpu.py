@@ -12,7 +12,7 @@ from op_cases import compiled
 
 from pallas_kernels import BlockSelection, index_kl
 from pallas_kernels.ahead_of_time import compile_for_h100
-from pallas_kernels.index_kl import mosaic_gpu
+from pallas_kernels.index_kl import api, mosaic_gpu
 from pallas_kernels.index_kl.index_k_mosaic_gpu import IndexKConfig
 from pallas_kernels.index_kl.mosaic_gpu import IndexKLConfig
 from pallas_kernels.index_kl.tiles_mosaic_gpu import TileConfig
@@ -93,8 +93,9 @@ class Case:
             query_offset=self.query_offset,
         )
 
-    def main_lse(self, q, k, mask):
+    def main_lse(self, q, k):
         """The oracle's, as attention would return it."""
+        mask = self.mask(self.block_ids())
         exact = (np.asarray(x, np.float64) for x in (q, k, k))
         _, lse = numpy_oracle.attention(*exact, mask, SCALES["scale"])
         return jnp.asarray(lse, jnp.float32)
@@ -133,9 +134,8 @@ def interpreted(races=False):
 
 
 def run(case, inputs, races=False):
-    mask = case.mask(case.block_ids())
     with interpreted(races):
-        return compiled(case.align)(*inputs, case.main_lse(*inputs[:2], mask), case.weights())
+        return compiled(case.align)(*inputs, case.main_lse(inputs[0], inputs[1]), case.weights())
 
 
 def expected(case, inputs):
@@ -146,7 +146,7 @@ def expected(case, inputs):
     d_kl, d_lse = np.asarray(case.weights(), np.float64)
     gradients = numpy_oracle.index_kl_gradients(*exact, mask, d_kl, **SCALES)
     # That of the log-sum-exp is the student; the KL's is student - teacher.
-    teacher, student, _ = numpy_oracle.teacher_and_student(*exact, mask, **SCALES)
+    _, student, _ = numpy_oracle.teacher_and_student(*exact, mask, **SCALES)
     d_scores = d_lse[..., None] * student * SCALES["index_scale"]
     d_index_q = gradients[0] + np.einsum("bgts,bsd->btgd", d_scores, exact[3])
     d_index_k = gradients[1] + np.einsum("bgts,btgd->bsd", d_scores, exact[2])
@@ -163,7 +163,8 @@ def assert_as_oracle(case):
     (kl, index_lse, *gradients) = results = run(case, inputs)
     wanted_kl, wanted_lse, *wanted = expected(case, inputs)
     np.testing.assert_allclose(index_lse, wanted_lse, atol=1e-4, rtol=1e-5)
-    np.testing.assert_allclose(kl, wanted_kl, atol=1e-3)
+    # The rounding of a probability to float16, which heads average.
+    np.testing.assert_allclose(kl, wanted_kl, atol=5e-4, rtol=1e-3)
     for gradient, exact in zip(gradients, wanted, strict=True):
         assert gradient.dtype == case.dtype
         assert np.abs(exact).max() > 0
@@ -177,7 +178,9 @@ CASES = {
     "4 heads, ragged, chunks": Case(
         per_group=4, num_queries=100, num_keys=170, query_offset=70, top_k=1, config=CHUNKS
     ),
-    "packed, padded": Case(num_keys=300, documents=((0, 60), (128, 200)), query_offset=64, top_k=4),
+    "packed, padded": Case(
+        num_keys=300, documents=((0, 110), (128, 200)), query_offset=90, top_k=4
+    ),
     "two rows, offsets": Case(batch=2, query_offset=(64, 128), per_group=8),
     "index dim 128": Case(index_dim=128, per_group=32, top_k=1),
     "causal prefix, ragged, chunks": Case(
@@ -195,11 +198,10 @@ def test_value_and_gradients(case):
 
 def test_float16_holds_gradients_below_its_range():
     """They are rounded to it at the end only: relative to the largest, none is lost on the way."""
-    case = Case(dtype="float16", density=0.3)
+    case = Case(dtype="float16", density=0.15)
     inputs = list(case.inputs())
     weights = case.weights() * 1e4
-    mask = case.mask(case.block_ids())
-    lse = case.main_lse(*inputs[:2], mask)
+    lse = case.main_lse(inputs[0], inputs[1])
     with interpreted():
         big = compiled(case.align)(*inputs, lse, weights)
         small = compiled(case.align)(*inputs, lse, weights / 2**6)
@@ -221,11 +223,10 @@ def test_rows_without_support_are_zero():
 
 def test_a_row_of_gradients_sums_to_zero_and_two_runs_agree_bit_for_bit():
     """With index keys all alike the gradient of an index query is its row's sum times the key."""
-    case = Case(density=0.3)
+    case = Case(density=0.15)
     q, k, index_q, index_k = case.inputs()
     alike = jnp.broadcast_to(index_k[:, :1], index_k.shape)
-    mask = case.mask(case.block_ids())
-    arguments = q, k, index_q, alike, case.main_lse(q, k, mask)
+    arguments = q, k, index_q, alike, case.main_lse(q, k)
     weights = case.weights().at[1].set(0.0)
     with interpreted():
         align = compiled(case.align)
@@ -246,7 +247,7 @@ def test_the_teacher_has_no_gradient():
     case = Case(density=0.1)
     q, k, index_q, index_k = case.inputs()
     block_ids = jnp.asarray(case.block_ids())
-    lse = case.main_lse(q, k, case.mask(case.block_ids()))
+    lse = case.main_lse(q, k)
 
     def loss(q, k, lse):
         return mosaic_gpu.index_kl(
@@ -260,9 +261,7 @@ def test_the_teacher_has_no_gradient():
 
 COMPILED = {
     "as shipped": Case(groups=2, head_dim=128, index_dim=128, block_size=128, top_k=16),
-    "one head": Case(per_group=1, head_dim=128, index_dim=128, block_size=128, top_k=4),
     "64 heads, blocks of 64": Case(per_group=64, head_dim=128, index_dim=64, top_k=3),
-    "float16": Case(per_group=8, head_dim=64, index_dim=64, block_size=128, dtype="float16"),
     "causal prefix": Case(head_dim=128, index_dim=128, top_k=0),
 }
 
@@ -322,9 +321,11 @@ def test_without_main_lse_the_default_is_the_reference_and_says_why():
 
 @pytest.mark.fast
 def test_a_log_sum_exp_of_another_shape_is_an_error():
-    q, k, index_q, index_k = Case().inputs()
+    """Past the shape checks of these tests, as a user would see it."""
+    q = jax.ShapeDtypeStruct((1, 64, 16, 64), "bfloat16")
+    lse = jax.ShapeDtypeStruct((1, 64, 16), "float32")
     with pytest.raises(ValueError, match=r"main_lse has shape \(1, 64, 16\), expected"):
-        index_kl(q, k, index_q, index_k, query_offset=128, main_lse=jnp.zeros((1, 64, 16)))
+        api._check_main_lse(lse, q)
 
 
 @pytest.mark.fast
