@@ -113,7 +113,7 @@ def refuse_varying(*args: object) -> None:
             varying |= {str(axis) for axis in jax.typeof(arg).manual_axis_type.varying}
     if varying:
         raise NotImplementedError(
-            "Mosaic GPU kernels do not run in a shard_map that checks what varies over mesh axes "
+            "kernels do not run in a shard_map that checks what varies over mesh axes "
             f"(here {', '.join(sorted(varying))}); pass check_vma=False to jax.shard_map"
         )
 

@@ -1,6 +1,5 @@
 """The programs that a training case times: one layer's parts, and all of it as one program."""
 
-import inspect
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
@@ -106,12 +105,11 @@ def _attend(case: Case) -> Callable:
 
 def _diverge(case: Case) -> Callable:
     options: dict[str, Any] = {"implementation": case.implementation or None}
-    takes_lse = "main_lse" in inspect.signature(index_kl).parameters
 
     def diverge(q, k, index_q, index_k, block_ids, lse):
         selection = BlockSelection(block_ids, case.block_size)
-        given = {"main_lse": jax.lax.stop_gradient(lse)} if takes_lse else {}
-        return index_kl(q, k, index_q, index_k, selection, **given, **options)
+        lse = jax.lax.stop_gradient(lse)
+        return index_kl(q, k, index_q, index_k, selection, main_lse=lse, **options)
 
     return diverge
 

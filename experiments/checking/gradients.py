@@ -51,7 +51,7 @@ def _jitted(case: GradientCase, implementation: str):
 
     def attend(q, k, v, block_ids, segment_ids, offset):
         first = selections.query_offset(place) if offset is None else offset
-        if not case.chunked or implementation != "mosaic_gpu":
+        if implementation != "mosaic_gpu":
             return sparse_attention(
                 q,
                 k,
@@ -61,7 +61,7 @@ def _jitted(case: GradientCase, implementation: str):
                 query_offset=first,
                 implementation=implementation,
             )
-        config = mosaic_gpu.SparseAttentionConfig(backward=BackwardConfig(queries_per_chunk=256))
+        backward = BackwardConfig(queries_per_chunk=256 if case.chunked else None)
         return mosaic_gpu.sparse_attention(
             q,
             k,
@@ -71,7 +71,7 @@ def _jitted(case: GradientCase, implementation: str):
             first,
             block_size=block_size,
             scale=q.shape[-1] ** -0.5,
-            config=config,
+            config=mosaic_gpu.SparseAttentionConfig(backward=backward),
         )
 
     def gradients(q, k, v, block_ids, segment_ids, offset, do, dlse):

@@ -151,16 +151,23 @@ class MSAttention(nnx.Module):
             selection = self._select(q, k, index_q, index_k, shared, implementation, **place)
         attention = {"implementation": implementation, **place}
         if mode.phase == "warmup" or selection is None:
-            attended = dense_attention(q, k, v, return_lse=True, **attention)
+            o, lse = dense_attention(q, k, v, return_lse=True, **attention)
         else:
-            attended = sparse_attention(q, k, v, selection, **attention)
-        y = self.main.output(attended[0])  # the other is the log-sum-exp over the KL's support
+            o, lse = sparse_attention(q, k, v, selection, **attention)
+        y = self.main.output(o)
 
         aux = {}
         if mode.losses and index_q is not None and index_k is not None:
             support = None if mode.phase == "warmup" else selection
             kl, _ = index_kl(
-                q, k, index_q, index_k, support, implementation=implementation, **place
+                q,
+                k,
+                index_q,
+                index_k,
+                support,
+                main_lse=jax.lax.stop_gradient(lse),
+                implementation=implementation,
+                **place,
             )
             aux["index_kl"] = _mean_over_real(kl, segment_ids)
         if selection is not None and self.computes_selection:

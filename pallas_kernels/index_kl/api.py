@@ -14,13 +14,15 @@ from pallas_kernels.checks import (
     check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.index_kl import reference, triton
+from pallas_kernels.index_kl import mosaic_gpu, reference, triton
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_and_heads
 
+# The kernels come behind what always serves, for they have not run on a GPU yet: by name only.
 IMPLEMENTATIONS = {
-    "triton": triton.index_kl,
     "reference": reference.index_kl,
+    "mosaic_gpu": mosaic_gpu.index_kl,
+    "triton": triton.index_kl,
 }
 
 
@@ -42,6 +44,7 @@ def index_kl(
     index_scale: float | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     query_offset: int | Int[Array, "B"] = 0,
+    main_lse: Float[Array, "B Hq T"] | None = None,
     implementation: Implementation = None,
 ) -> IndexKL:
     """KL(teacher || student) per query and KV group, over token probabilities (arXiv 2606.13392).
@@ -61,6 +64,8 @@ def index_kl(
       index_scale: of the index scores, 1 / sqrt(Di) by default.
       segment_ids: document of each key slot, 0 for padding; None for one document per row.
       query_offset: the key slot of the first query, per row or for all.
+      main_lse: natural log-sum-exp of the main scores over the same support, as `sparse_attention`
+        or `dense_attention` returns it. The kernels need it, the reference computes its own.
       implementation: see `pallas_kernels.dispatch`.
 
     Returns:
@@ -70,6 +75,7 @@ def index_kl(
       ValueError: shapes that differ, or a document off a block boundary.
     """
     check_heads(q, k)
+    _check_main_lse(main_lse, q)
     check_index(index_q, index_k)
     check_index_fits(index_q, index_k, q, k)
     check_slots(q, k, segment_ids, query_offset)
@@ -88,6 +94,17 @@ def index_kl(
             index_scale=1 / math.sqrt(index_q.shape[-1]) if index_scale is None else index_scale,
         )
 
-    layouts = ("b.h.", "b.h.", "b.h.", "b..", "bh..", "b.", "b")
+    layouts = ("b.h.", "b.h.", "b.h.", "b..", "bh..", "b.", "b", "bh.")
     sharded = shard_over_batch_and_heads(local, layouts, ("bh.", "bh."))
-    return IndexKL(*sharded(q, k, index_q, index_k, block_ids, segment_ids, query_offset))
+    place = block_ids, segment_ids, query_offset
+    return IndexKL(*sharded(q, k, index_q, index_k, *place, main_lse))
+
+
+def _check_main_lse(main_lse, q) -> None:
+    """Raises ValueError if the log-sum-exp is not that of these queries and heads."""
+    expected = q.shape[0], q.shape[2], q.shape[1]
+    if main_lse is not None and main_lse.shape != expected:
+        raise ValueError(
+            f"main_lse has shape {main_lse.shape}, expected [B, Hq, T] = {expected} as attention "
+            "returns it"
+        )

@@ -27,12 +27,16 @@ def index_kl(
     block_ids: Int[Array, "B Hkv T K"] | None,
     segment_ids: Int[Array, "B S"] | None,
     query_offset: Int[Array, "B"] | int,
+    main_lse: Float[Array, "B Hq T"] | None,
     *,
     block_size: int,
     scale: float,
     index_scale: float,
 ) -> tuple[Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]]:
-    """KL(teacher || student) and the student's log-sum-exp per query and group, in nats."""
+    """KL(teacher || student) and the student's log-sum-exp per query and group, in nats.
+
+    `main_lse` is not read: the teacher's own softmax is the definition.
+    """
     q, k = jax.lax.stop_gradient((q, k))
 
     def align(q, index_q, block_ids, slots, k, index_k, segment_ids):

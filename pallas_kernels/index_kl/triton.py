@@ -29,11 +29,11 @@ def index_kl(
     block_ids: Int[Array, "B Hkv T K"] | None,
     segment_ids: Int[Array, "B S"] | None,
     query_offset: Int[Array, "B"] | int,
+    main_lse: Float[Array, "B Hq T"] | None,
     *,
     block_size: int,
     scale: float,
     index_scale: float,
-    main_lse: Float[Array, "B Hq T"] | None = None,
 ) -> tuple[Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]]:
     """KL(teacher || student) and the student's log-sum-exp per query and group, in nats.
 
@@ -47,11 +47,11 @@ def index_kl(
       block_ids: the support's blocks.
       segment_ids: document of each key slot, 0 for padding; None for one document per row.
       query_offset: the key slot of the first query, per row or for all.
+      main_lse: log-sum-exp of the main scores over the support, as `sparse_attention` returns it;
+        None to compute it here.
       block_size: a power of two from 16 on.
       scale: of the main scores.
       index_scale: of the index scores.
-      main_lse: log-sum-exp of the main scores over the support, as `sparse_attention` returns it;
-        None to compute it here.
 
     Raises:
       NotImplementedError: no such GPU, no jax-triton, no selection, or arguments other than the

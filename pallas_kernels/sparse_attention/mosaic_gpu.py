@@ -8,6 +8,7 @@ device, and one of the two compiled branches runs.
 
 import dataclasses
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
+from pallas_kernels.residuals import named
+from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
 from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig
@@ -38,6 +41,8 @@ _SAMPLE_EVERY = 16
 # Fewer queries are decoding, where gathering by key block has nothing to share.
 MIN_QUERIES = 64
 
+_logger = logging.getLogger("pallas_kernels")
+
 
 @dataclasses.dataclass(frozen=True)
 class SparseAttentionConfig:
@@ -49,7 +54,9 @@ class SparseAttentionConfig:
       kv_outer: the KV-outer kernels' shape; None for the tuned one.
       max_union: with "auto", union tiles run if the mean number of distinct blocks over the queries
         of a warpgroup is at most so many times the mean number of blocks of a query.
-      backward: the backward pass's shape, which all schemes share; None for the tuned one.
+      backward: the backward pass's shape, which all schemes share; what it leaves open is tuned.
+        None takes the reference's gradients: the kernels have been interpreted and compiled, but
+        not run on a GPU yet.
     """
 
     scheme: str = "auto"
@@ -86,7 +93,7 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
 
-    Differentiable in q, k and v, whatever the scheme by the kernels of `backward`.
+    Differentiable in q, k and v: by kernels with `config.backward`, else by the reference.
 
     Args:
       q: bfloat16 or float16, at least 64 queries of head_dim 64 or 128.
@@ -219,9 +226,9 @@ def _tuned(
     return tiles, outer
 
 
-def _tuned_backward(config: SparseAttentionConfig, q, k, block_size: int) -> BackwardConfig:
-    """The config's shape of the backward pass; what is left open from the tuned table."""
-    found, place = config.backward or BackwardConfig(), _place_in_table(q, k, block_size)
+def _tuned_backward(found: BackwardConfig, q, k, block_size: int) -> BackwardConfig:
+    """The shape of the backward pass; what is left open from the tuned table."""
+    place = _place_in_table(q, k, block_size)
     gradient = found.gradient or tuned("sparse_attention.backward", GradientConfig(), **place)
     merge = found.combine or tuned("sparse_attention.combine", CombineConfig(), **place)
     return dataclasses.replace(found, gradient=gradient, combine=merge)
@@ -236,12 +243,45 @@ def _place_in_table(q, k, block_size: int) -> dict[str, str]:
 
 
 def _forward(options: _Options, *arrays):
-    results = _attention(options, *arrays)
+    results = named(*_attention(options, *arrays))
     return results, (*arrays, *results)
 
 
 def _backward(options: _Options, residuals, cotangents):
-    return *_gradients(options, *residuals, *cotangents), None, None, None
+    by_kernels = options.config.backward is not None
+    gradients = _gradients if by_kernels else _reference_gradients
+    return *gradients(options, *residuals, *cotangents), None, None, None
+
+
+def _reference_gradients(
+    options: _Options, q, k, v, block_ids, segment_ids, query_offset, o, lse, do, dlse
+):
+    offset = query_offset if options.query_offset is None else options.query_offset
+    _report_backward()
+
+    def attend(q, k, v):
+        return reference.sparse_attention(
+            q,
+            k,
+            v,
+            block_ids,
+            segment_ids,
+            offset,
+            block_size=options.block_size,
+            scale=options.scale,
+        )
+
+    _, pullback = jax.vjp(attend, q, k, v)
+    return pullback((do, dlse))
+
+
+@functools.cache
+def _report_backward() -> None:
+    """Logs, once, that gradients do not run on the kernels."""
+    _logger.info(
+        "sparse_attention's backward pass runs as 'reference': its kernels have not run on a GPU "
+        "yet (SparseAttentionConfig.backward)"
+    )
 
 
 @in_32_bits
@@ -257,7 +297,7 @@ def _gradients(options: _Options, q, k, v, block_ids, segment_ids, query_offset,
         (do, dlse),
         block_size=options.block_size,
         scale=options.scale,
-        config=_tuned_backward(options.config, q, k, options.block_size),
+        config=_tuned_backward(options.config.backward, q, k, options.block_size),
     )
 
 

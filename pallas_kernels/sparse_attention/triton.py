@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import in_32_bits, refuse_varying
+from pallas_kernels.residuals import named
 from pallas_kernels.sparse_attention.mosaic_gpu import visible_block_ids
 from pallas_kernels.triton import check_served, current_target
 
@@ -84,7 +85,8 @@ def _attend(options: _Options, q, k, v, block_ids, segment_ids, offsets):
 
     ids = visible_block_ids(block_ids, segment_ids, offsets, options.block_size)
     o, lse = forward(q, k, v, ids, offsets, **options._asdict())
-    return (o, lse.swapaxes(1, 2)), (q, k, v, ids, offsets, o, lse)
+    o, lse = named(o, lse.swapaxes(1, 2))
+    return (o, lse), (q, k, v, ids, offsets, o, lse)
 
 
 @in_32_bits
@@ -95,6 +97,7 @@ def _backward(options: _Options, kept, cotangents):
     do, d_lse = cotangents
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
     delta -= d_lse.swapaxes(1, 2)
+    lse = lse.swapaxes(1, 2)
     gradients = backward(q, k, v, ids, offsets, lse, do, delta, **options._asdict())
     return *gradients, None, None, None
 

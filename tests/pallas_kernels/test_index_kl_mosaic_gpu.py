@@ -1,0 +1,347 @@
+"""`index_kl` on Hopper: interpreted against the oracle, and compiled ahead for an H100."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_oracle
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from op_cases import compiled
+
+from pallas_kernels import BlockSelection, index_kl
+from pallas_kernels.ahead_of_time import compile_for_h100
+from pallas_kernels.index_kl import api, mosaic_gpu
+from pallas_kernels.index_kl.index_k_mosaic_gpu import IndexKConfig
+from pallas_kernels.index_kl.mosaic_gpu import IndexKLConfig
+from pallas_kernels.index_kl.tiles_mosaic_gpu import TileConfig
+from pallas_kernels.mosaic_gpu import Target, traced_for
+
+SMALL = IndexKLConfig(
+    TileConfig(num_thread_blocks=1), IndexKConfig(num_thread_blocks=1, num_parts=2)
+)
+SINGLE = IndexKLConfig(
+    TileConfig(num_workers=1, num_slots=1, num_thread_blocks=1),
+    IndexKConfig(num_workers=1, num_slots=1, num_parts=1, num_thread_blocks=1),
+)
+# One row of 64 queries per chunk.
+CHUNKS = dataclasses.replace(SMALL, chunk_bytes=1, queries_per_row=64)
+SCALES = {"scale": 0.2, "index_scale": 0.15}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and place of one call; top_k 0 is the whole causal prefix."""
+
+    per_group: int = 16
+    groups: int = 1
+    batch: int = 1
+    num_queries: int = 64
+    num_keys: int = 192
+    head_dim: int = 64
+    index_dim: int = 64
+    block_size: int = 64
+    top_k: int = 2
+    density: float = 0.4
+    query_offset: int | tuple[int, ...] = 128
+    documents: tuple[tuple[int, int], ...] = ()
+    dtype: str = "bfloat16"
+    config: IndexKLConfig = SMALL
+
+    def inputs(self):
+        """q, k, index_q, index_k."""
+        rng = np.random.default_rng(0)
+        queries, keys = (self.batch, self.num_queries), (self.batch, self.num_keys)
+        for shape in (
+            (*queries, self.per_group * self.groups, self.head_dim),
+            (*keys, self.groups, self.head_dim),
+            (*queries, self.groups, self.index_dim),
+            (*keys, self.index_dim),
+        ):
+            yield jnp.asarray(rng.normal(size=shape), self.dtype)
+
+    def block_ids(self):
+        """Ascending, then -1: any block, of the future and of other documents too."""
+        if not self.top_k:
+            return None
+        rng = np.random.default_rng(1)
+        ids = np.full((self.batch, self.groups, self.num_queries, self.top_k), -1, np.int32)
+        num_blocks = -(-self.num_keys // self.block_size)
+        for index in np.ndindex(ids.shape[:3]):
+            count = rng.binomial(min(self.top_k, num_blocks), self.density)
+            ids[index][:count] = np.sort(rng.choice(num_blocks, count, replace=False))
+        return ids
+
+    def segment_ids(self):
+        if not self.documents:
+            return None
+        segments = np.zeros((self.batch, self.num_keys), np.int32)
+        for number, (start, stop) in enumerate(self.documents):
+            segments[:, start:stop] = number + 1
+        return segments
+
+    def mask(self, block_ids):
+        return numpy_oracle.support(
+            self.batch,
+            self.groups,
+            self.num_queries,
+            self.num_keys,
+            block_ids,
+            self.block_size,
+            segment_ids=self.segment_ids(),
+            query_offset=self.query_offset,
+        )
+
+    def main_lse(self, q, k):
+        """The oracle's, as attention would return it."""
+        mask = self.mask(self.block_ids())
+        exact = (np.asarray(x, np.float64) for x in (q, k, k))
+        _, lse = numpy_oracle.attention(*exact, mask, SCALES["scale"])
+        return jnp.asarray(lse, jnp.float32)
+
+    def weights(self):
+        """Cotangents of value and log-sum-exp, as small as a mean over many queries makes them."""
+        shape = 2, self.batch, self.groups, self.num_queries
+        return jnp.asarray(1e-6 * np.random.default_rng(2).normal(size=shape), jnp.float32)
+
+    def align(self, q, k, index_q, index_k, main_lse, weights):
+        """Value, log-sum-exp and gradients; to be traced for some target."""
+        block_ids, segments, offset = self.block_ids(), self.segment_ids(), self.query_offset
+
+        def run(index_q, index_k):
+            return mosaic_gpu.index_kl(
+                q,
+                k,
+                index_q,
+                index_k,
+                None if block_ids is None else jnp.asarray(block_ids),
+                None if segments is None else jnp.asarray(segments),
+                offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32),
+                main_lse,
+                block_size=self.block_size,
+                config=self.config,
+                **SCALES,
+            )
+
+        results, pullback = jax.vjp(run, index_q, index_k)
+        return *results, *pullback((weights[0], weights[1]))
+
+
+def interpreted(races=False):
+    """Shared and device memory that nobody wrote is NaN."""
+    return traced_for(Target(interpret=plgpu.InterpretGPUParams(detect_races=races)))
+
+
+def run(case, inputs, races=False):
+    with interpreted(races):
+        return compiled(case.align)(*inputs, case.main_lse(inputs[0], inputs[1]), case.weights())
+
+
+def expected(case, inputs):
+    """As `run`, by the oracle in float64."""
+    mask = case.mask(case.block_ids())
+    exact = [np.asarray(x, np.float64) for x in inputs]
+    kl, index_lse = numpy_oracle.index_kl(*exact, mask, **SCALES)
+    d_kl, d_lse = np.asarray(case.weights(), np.float64)
+    gradients = numpy_oracle.index_kl_gradients(*exact, mask, d_kl, **SCALES)
+    # That of the log-sum-exp is the student; the KL's is student - teacher.
+    _, student, _ = numpy_oracle.teacher_and_student(*exact, mask, **SCALES)
+    d_scores = d_lse[..., None] * student * SCALES["index_scale"]
+    d_index_q = gradients[0] + np.einsum("bgts,bsd->btgd", d_scores, exact[3])
+    d_index_k = gradients[1] + np.einsum("bgts,btgd->bsd", d_scores, exact[2])
+    return kl, index_lse, d_index_q, d_index_k
+
+
+def relative_error(actual, wanted):
+    difference = np.asarray(actual, np.float64) - wanted
+    return np.linalg.norm(difference) / max(np.linalg.norm(wanted), 1e-30)
+
+
+def assert_as_oracle(case):
+    inputs = list(case.inputs())
+    (kl, index_lse, *gradients) = results = run(case, inputs)
+    wanted_kl, wanted_lse, *wanted = expected(case, inputs)
+    np.testing.assert_allclose(index_lse, wanted_lse, atol=1e-4, rtol=1e-5)
+    # The rounding of a probability to float16, which heads average.
+    np.testing.assert_allclose(kl, wanted_kl, atol=5e-4, rtol=1e-3)
+    for gradient, exact in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == case.dtype
+        assert np.abs(exact).max() > 0
+        assert relative_error(gradient, exact) < 6e-3
+    return results
+
+
+CASES = {
+    "a group of 16": Case(),
+    "one head, two groups, rounds of one slot": Case(per_group=1, groups=2, config=SINGLE),
+    "4 heads, ragged, chunks": Case(
+        per_group=4, num_queries=100, num_keys=170, query_offset=70, top_k=1, config=CHUNKS
+    ),
+    "packed, padded": Case(
+        num_keys=300, documents=((0, 110), (128, 200)), query_offset=90, top_k=4
+    ),
+    "two rows, offsets": Case(batch=2, query_offset=(64, 128), per_group=8),
+    "index dim 128": Case(index_dim=128, per_group=32, top_k=1),
+    "causal prefix, ragged, chunks": Case(
+        top_k=0, per_group=8, num_queries=90, num_keys=190, query_offset=(90,), config=CHUNKS
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_value_and_gradients(case):
+    if case.index_dim > 64:
+        case = dataclasses.replace(case, density=0.2)
+    assert_as_oracle(case)
+
+
+def test_float16_holds_gradients_below_its_range():
+    """They are rounded to it at the end only: relative to the largest, none is lost on the way."""
+    case = Case(dtype="float16", density=0.15)
+    inputs = list(case.inputs())
+    weights = case.weights() * 1e4
+    lse = case.main_lse(inputs[0], inputs[1])
+    with interpreted():
+        big = compiled(case.align)(*inputs, lse, weights)
+        small = compiled(case.align)(*inputs, lse, weights / 2**6)
+    for a, b in zip(big[2:], small[2:], strict=True):
+        assert relative_error(b * 2.0**6, np.asarray(a, np.float64)) < 1e-2
+
+
+def test_rows_without_support_are_zero():
+    case = Case(density=0.3)
+    kl, index_lse, d_index_q, d_index_k = run(case, list(case.inputs()))
+    nothing = ~case.mask(case.block_ids()).any(-1)
+    assert nothing.any()
+    assert not nothing.all()
+    assert (np.asarray(kl)[nothing] == 0).all()
+    assert (np.asarray(index_lse)[nothing] == -np.inf).all()
+    assert (np.asarray(d_index_q)[np.moveaxis(nothing, 1, 2)] == 0).all()
+    assert np.isfinite(np.asarray(d_index_k, np.float32)).all()
+
+
+def test_a_row_of_gradients_sums_to_zero_and_two_runs_agree_bit_for_bit():
+    """With index keys all alike the gradient of an index query is its row's sum times the key."""
+    case = Case(density=0.15)
+    q, k, index_q, index_k = case.inputs()
+    alike = jnp.broadcast_to(index_k[:, :1], index_k.shape)
+    arguments = q, k, index_q, alike, case.main_lse(q, k)
+    weights = case.weights().at[1].set(0.0)
+    with interpreted():
+        align = compiled(case.align)
+        first, second = (align(*arguments, weights) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    gradient = np.abs(np.asarray(first[2], np.float64)).max()
+    assert gradient < 2e-3 * np.abs(alike).max() * np.abs(weights).max()
+    assert np.abs(np.asarray(first[3], np.float64)).max() > 0
+
+
+def test_no_races():
+    case = Case(density=0.15, per_group=32)
+    run(case, list(case.inputs()), races=True)
+
+
+def test_the_teacher_has_no_gradient():
+    case = Case(density=0.1)
+    q, k, index_q, index_k = case.inputs()
+    block_ids = jnp.asarray(case.block_ids())
+    lse = case.main_lse(q, k)
+
+    def loss(q, k, lse):
+        return mosaic_gpu.index_kl(
+            q, k, index_q, index_k, block_ids, None, 128, lse, block_size=64, config=SMALL, **SCALES
+        )[0].sum()
+
+    with interpreted():
+        gradients = compiled(jax.grad(loss, (0, 1, 2)))(q, k, lse)
+    assert all((np.asarray(x, np.float32) == 0).all() for x in gradients)
+
+
+COMPILED = {
+    "as shipped": Case(groups=2, head_dim=128, index_dim=128, block_size=128, top_k=16),
+    "64 heads, blocks of 64": Case(per_group=64, head_dim=128, index_dim=64, top_k=3),
+    "causal prefix": Case(head_dim=128, index_dim=128, top_k=0),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+def test_compiles_for_an_h100_without_spills(case):
+    """In their default shapes."""
+    case = dataclasses.replace(case, num_queries=512, num_keys=512, query_offset=0)
+    case = dataclasses.replace(case, config=IndexKLConfig())
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.inputs()]
+    heads = case.per_group * case.groups
+    lse = jax.ShapeDtypeStruct((1, heads, 512), "float32")
+    weights = jax.ShapeDtypeStruct(case.weights().shape, "float32")
+    kernels = compile_for_h100(case.align, *shapes, lse, weights)
+    names = [kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in kernels]
+    assert sorted(names) == ["index_k_gradient", "index_kl_gradients", "index_kl_terms"]
+    assert all(kernel.spill_bytes == kernel.stack_bytes == 0 for kernel in kernels)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "all in bfloat16 or all in float16"),
+        ({"head_dim": 32}, "head_dim of 64 or 128, not 32"),
+        ({"index_dim": 32}, "index dim of 64 or 128, not 32"),
+        ({"per_group": 65}, "at most 64 query heads per KV head, not 65"),
+        ({"num_queries": 16}, "16 queries are decoding"),
+        ({"block_size": 32}, "block_size of 64 or 128, not 32"),
+        ({"top_k": 65}, "1 to 64 blocks per query, not 65"),
+        ({"top_k": 0, "documents": ((0, 64),)}, "no packed documents"),
+    ],
+)
+def test_refuses(change, reason):
+    case = dataclasses.replace(Case(), **change)
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.inputs()]
+    lse = jax.ShapeDtypeStruct((1, case.per_group, case.num_queries), "float32")
+    weights = jax.ShapeDtypeStruct(case.weights().shape, "float32")
+    with interpreted(), pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(case.align, *inputs, lse, weights)
+
+
+@pytest.mark.fast
+def test_without_main_lse_the_default_is_the_reference_and_says_why():
+    case = Case()
+    selection = BlockSelection(jnp.asarray(case.block_ids()), 64)
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.inputs()]
+    with interpreted():
+        with pytest.raises(NotImplementedError, match="need main_lse"):
+            jax.eval_shape(
+                lambda *x: index_kl(*x, selection, query_offset=128, implementation="mosaic_gpu"),
+                *inputs,
+            )
+        result = jax.eval_shape(lambda *x: index_kl(*x, selection, query_offset=128), *inputs)
+    assert result.kl.shape == (1, 1, 64)
+
+
+@pytest.mark.fast
+def test_a_log_sum_exp_of_another_shape_is_an_error():
+    """Past the shape checks of these tests, as a user would see it."""
+    q = jax.ShapeDtypeStruct((1, 64, 16, 64), "bfloat16")
+    lse = jax.ShapeDtypeStruct((1, 64, 16), "float32")
+    with pytest.raises(ValueError, match=r"main_lse has shape \(1, 64, 16\), expected"):
+        api._check_main_lse(lse, q)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (lambda: TileConfig(num_workers=3), "num_workers"),
+        (lambda: TileConfig(num_slots=0), "num_slots"),
+        (lambda: TileConfig(num_slots=4).check(128, 128), "num_slots"),
+        (lambda: IndexKConfig(num_workers=3), "num_workers"),
+        (lambda: IndexKConfig(num_parts=0), "num_parts"),
+        (lambda: IndexKConfig(num_slots=4).check(128, 128), "num_slots"),
+        (lambda: IndexKLConfig(chunk_bytes=0), "chunk_bytes"),
+        (lambda: IndexKLConfig(queries_per_row=96), "queries_per_row"),
+    ],
+)
+def test_config_errors_name_the_field(config, field):
+    with pytest.raises(ValueError, match=field):
+        config()
