@@ -297,7 +297,9 @@ def _gradients(options: _Options, q, k, v, block_ids, segment_ids, query_offset,
         (do, dlse),
         block_size=options.block_size,
         scale=options.scale,
-        config=_tuned_backward(options.config.backward, q, k, options.block_size),
+        config=_tuned_backward(
+            options.config.backward or BackwardConfig(), q, k, options.block_size
+        ),
     )
 
 
