@@ -57,6 +57,7 @@ def compile_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "CHAIN_SECONDS", 0.001)
+        patch.setattr("pallas_kernels.dispatch._reported", set())  # each line is logged once
         patch.setattr(training_worker, "begin_compiling", lambda case, _: compiled(case))
         yield
 

@@ -17,6 +17,9 @@ from pallas_kernels.mosaic_gpu import (
     producer_registers,
     traced_for,
 )
+from pallas_kernels.sparse_attention import api
+from pallas_kernels.sparse_attention import mosaic_gpu as sparse_attention_mosaic_gpu
+from pallas_kernels.sparse_attention.backward import BackwardConfig
 
 BLOCK_SIZE, TOP_K = 64, 2
 
@@ -56,11 +59,15 @@ def lowered(fn, *arrays):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_lowers_with_64_bit_types_on(dtype, double_precision):
+def test_lowers_with_64_bit_types_on(dtype, double_precision, monkeypatch):
     """All eight kernels, with gradients, and of what was traced before it is differentiated.
 
     The interpreter could not run them: it traces parts of a kernel late, with 64 bits on.
     """
+    on_hopper = sparse_attention_mosaic_gpu
+    config = on_hopper.SparseAttentionConfig(backward=BackwardConfig())
+    by_kernels = functools.partial(on_hopper.sparse_attention, config=config)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_gpu", by_kernels)
     documents_and_offsets = places(dtype=dtype)
     assert {array.dtype.name for array in documents_and_offsets} == {dtype}
     with_gradients = jax.value_and_grad(jax.jit(loss), argnums=(0, 1, 2))
