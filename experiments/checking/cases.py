@@ -12,6 +12,8 @@ OUTPUT_ERRORS = {"bfloat16": (4e-3, 1e-2), "float16": (5e-4, 2e-3)}
 # ||gradient - exact|| / ||exact||.
 GRADIENT_ERRORS = {"bfloat16": 1e-2, "float16": 2e-3}
 LSE_ERROR = 1e-4
+# Of the KL loss: ||kl - exact|| / ||exact||.
+KL_ERROR = 2e-3
 # Of a selected block's score below the exact choice, relative to the row's largest score.
 SCORE_GAP = 1e-4
 
@@ -32,6 +34,9 @@ class Place:
 
 
 WHOLE = Place()
+
+# In the place of a selection: everything that is visible.
+PREFIX = "prefix"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,24 @@ class GradientCase:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlignmentCase:
+    """Values and gradients of one call of `index_kl`.
+
+    Attributes:
+      shape: arrays and seed.
+      selection: which blocks queries select, see `selections.SELECTIONS`; `PREFIX` for no selection
+        but the whole causal prefix.
+      dtype: "bfloat16" or "float16".
+      place: of the queries.
+    """
+
+    shape: Shape
+    selection: str
+    dtype: str = "bfloat16"
+    place: Place = WHOLE
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectionCase:
     """One call of `select_blocks`.
 
@@ -112,7 +135,7 @@ class PrecisionCase:
     inputs: str
 
 
-type Check = AttentionCase | GradientCase | SelectionCase | PrecisionCase
+type Check = AttentionCase | GradientCase | AlignmentCase | SelectionCase | PrecisionCase
 
 
 def label(case: Check) -> str:

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from experiments.benchmarking import checks
 from experiments.checking import attention, selections
@@ -124,15 +124,26 @@ def exact_gradients(
     return dq.reshape(batch, queries, heads, head_dim), dk, dv
 
 
+def seen_keys(
+    block_ids: Int[Array, "T K"] | None,
+    slots: Int[Array, "T"],
+    segments: Int[Array, "S"],
+    block_size: int,
+) -> Bool[Array, "T S"]:
+    """What each query of a batch row and group sees, of the blocks it picked or of all."""
+    keys, own = jnp.arange(len(segments)), segments[slots]
+    seen = (keys <= slots[:, None]) & (own[:, None] == segments) & (own > 0)[:, None]
+    if block_ids is None:
+        return seen
+    picked = (block_ids[..., None] == jnp.arange(-(-len(keys) // block_size))).any(1)
+    return seen & jnp.repeat(picked, block_size, axis=1)[:, : len(keys)]
+
+
 @functools.partial(jax.jit, static_argnums=(8,))
 def _exact(q, k, v, do, dlse, block_ids, slots, segments, block_size):
     """One batch row and group: q and do [T, G, D], k and v [S, D], dlse [G, T]."""
     q, k, v, do, dlse = (array.astype(jnp.float64) for array in (q, k, v, do, dlse))
-    scale, keys = q.shape[-1] ** -0.5, jnp.arange(len(k))
-    picked = (block_ids[..., None] == jnp.arange(-(-len(k) // block_size))).any(1)
-    own = segments[slots]
-    seen = jnp.repeat(picked, block_size, axis=1)[:, : len(k)] & (keys <= slots[:, None])
-    seen &= (own[:, None] == segments) & (own > 0)[:, None]
+    scale, seen = q.shape[-1] ** -0.5, seen_keys(block_ids, slots, segments, block_size)
     scores = jnp.where(seen[:, None], jnp.einsum("tgd,sd->tgs", q, k) * scale, -jnp.inf)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))

@@ -6,7 +6,9 @@ from typing import Any
 
 from experiments.benchmarking.cases import Case as Shape
 from experiments.checking.cases import (
+    PREFIX,
     WHOLE,
+    AlignmentCase,
     AttentionCase,
     Check,
     GradientCase,
@@ -25,13 +27,38 @@ def shape(length: int, **fields: Any) -> Shape:
     return Shape("msa", length, **sizes)
 
 
-def groups(*, quick: bool, million: bool) -> dict[str, list[Check]]:
+def groups(
+    *, quick: bool, million: bool, implementation: str = "mosaic_gpu"
+) -> dict[str, list[Check]]:
     """The cases of a run by group.
 
     Args:
       quick: 2K tokens alone.
       million: 1M tokens too.
+      implementation: what is checked, for it may have less to choose from.
     """
+    found = _groups(quick, million)
+    if implementation == "mosaic_gpu":
+        return found
+    chosen = {name: [case for case in cases if _without(case)] for name, cases in found.items()}
+    return {name: cases for name, cases in chosen.items() if cases}
+
+
+def _without(case: Check) -> bool:
+    """Whether a case needs no schemes, no chunks, no 8-bit index, no kernel for the prefix."""
+    match case:
+        case AttentionCase():
+            return case.scheme == "auto" and not case.chunked
+        case GradientCase():
+            return not case.chunked
+        case AlignmentCase():
+            return case.selection != PREFIX
+        case SelectionCase():
+            return case.precision == "native" and not case.cut_up
+    return False
+
+
+def _groups(quick: bool, million: bool) -> dict[str, list[Check]]:
     found: dict[str, list[Check]] = {}
     if not quick:  # the longest first
         found["attention at 8K"] = list(_attention(2**13, 512, _KINDS, (0, 1)))
@@ -44,7 +71,9 @@ def groups(*, quick: bool, million: bool) -> dict[str, list[Check]]:
         found |= _split("shapes", list(_shapes()), 3)
         found |= _split("places", list(_places()), 2)
         found["gradients"] = list(_gradients())
+        found["alignment"] = list(_alignment())
     found["gradients at 2K"] = list(_gradients_at_2k())
+    found["alignment at 2K"] = list(_alignment_at_2k())
     found["attention at 2K"] = list(_attention_at_2k())
     found["selection at 2K"] = list(_selection_at_2k())
     if million:
@@ -94,6 +123,24 @@ def _gradients() -> Iterator[Check]:
     yield GradientCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
     for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
         yield GradientCase(shape(2048, **two, block_size=64), "random", place=place)
+
+
+def _alignment_at_2k() -> Iterator[Check]:
+    for selection in ("random", "learned", "one_block", "masked", PREFIX):
+        yield AlignmentCase(shape(2048), selection)
+
+
+def _alignment() -> Iterator[Check]:
+    """Shapes, and places of the queries."""
+    for case in _shapes():
+        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
+            yield AlignmentCase(case.shape, case.selection, case.dtype)
+    two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
+    yield AlignmentCase(shape(2048, **two, index_dim=64), "random")
+    yield AlignmentCase(shape(1999, **two), PREFIX, "float16")
+    yield AlignmentCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
+    for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
+        yield AlignmentCase(shape(2048, **two, block_size=64), "random", place=place)
 
 
 def _shapes() -> Iterator[Check]:

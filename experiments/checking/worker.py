@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from experiments.benchmarking.jax_worker import describe
-from experiments.checking import attention, gradients, poison, precision, selection
+from experiments.checking import alignment, attention, gradients, poison, precision, selection
 from experiments.checking.cases import (
     MARK,
+    AlignmentCase,
     AttentionCase,
     Check,
     GradientCase,
@@ -33,6 +34,8 @@ def figures_of(case: Check, implementation: str) -> dict[str, Figure]:
         return attention.check(case, implementation)
     if isinstance(case, GradientCase):
         return gradients.check(case, implementation)
+    if isinstance(case, AlignmentCase):
+        return alignment.check(case, implementation)
     if isinstance(case, SelectionCase):
         return selection.check(case, implementation)
     return precision.check(case, implementation)
@@ -60,13 +63,17 @@ def _poison_missing() -> dict[str, Figure]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the group that the only argument names: {"group": ..., "quick": ..., "million": ...}."""
+    """Runs the group that the only argument names.
+
+    It is JSON: {"group": ..., "quick": ..., "million": ..., "implementation": ...}.
+    """
     order = json.loads(argv[1])
     device = jax.devices()[0]
-    cases = groups(quick=order["quick"], million=order["million"])[order["group"]]
+    name, implementation = order.pop("group"), order["implementation"]
+    cases = groups(**order)[name]
     shown = {"device": device.device_kind, "jax": jax.__version__}
     probe = _timed("a kernel that writes nothing", 0, _poison_missing)
-    for line in itertools.chain([probe], run(cases, "mosaic_gpu")):
+    for line in itertools.chain([probe], run(cases, implementation)):
         print(MARK + json.dumps(shown | line), flush=True)
     return 0
 

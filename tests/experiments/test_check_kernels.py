@@ -11,6 +11,7 @@ import pytest
 from experiments import check_kernels, cli
 from experiments.benchmarking import provenance
 from experiments.checking import (
+    alignment,
     attention,
     gradients,
     oracle,
@@ -22,6 +23,8 @@ from experiments.checking import (
 from experiments.checking import selections as made
 from experiments.checking.cases import (
     MARK,
+    PREFIX,
+    AlignmentCase,
     AttentionCase,
     GradientCase,
     Place,
@@ -33,7 +36,7 @@ from experiments.checking.groups import groups
 from experiments.checking.groups import shape as full_shape
 from experiments.checking.judgement import Figure, record
 from experiments.checking.worker import run
-from pallas_kernels import BlockSelection, select_blocks, sparse_attention
+from pallas_kernels import BlockSelection, index_kl, select_blocks, sparse_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,6 +73,11 @@ GRADIENTS = [
     GradientCase(tiny(), "masked"),
     GradientCase(tiny(batch=2), "random", dtype="float16", place=PACKED),
 ]
+ALIGNMENT = [
+    AlignmentCase(tiny(), "masked"),
+    AlignmentCase(tiny(157), PREFIX),
+    AlignmentCase(tiny(batch=2), "random", dtype="float16", place=PACKED),
+]
 SELECTION = [
     SelectionCase(tiny()),
     SelectionCase(tiny(157, batch=2), local_blocks=2, sink_blocks=1, place=Place(99, (0, 58))),
@@ -87,6 +95,10 @@ class TestWhatIsRight:
     @pytest.mark.parametrize("case", GRADIENTS, ids=label)
     def test_gradients_pass(self, case):
         assert not failures(gradients.check(case, "reference"))
+
+    @pytest.mark.parametrize("case", ALIGNMENT, ids=label)
+    def test_alignment_passes(self, case):
+        assert not failures(alignment.check(case, "reference"))
 
     @pytest.mark.parametrize("case", SELECTION, ids=label)
     def test_selection_passes(self, case):
@@ -145,6 +157,29 @@ class TestWhatIsWrong:
         figures = gradients.check(GradientCase(tiny(), "random"), "reference")
         gradients._jitted.cache_clear()
         assert failures(figures) == {"dq_error", "dk_error"}
+
+    @pytest.mark.parametrize(
+        ("change", "failing"),
+        [
+            (lambda kl, lse: (kl * 1.01, lse), {"kl_error"}),
+            (lambda kl, lse: (kl, lse + 2e-4), {"lse_error"}),
+            (
+                lambda kl, lse: (kl + (lse - jax.lax.stop_gradient(lse)), lse),
+                {"dindex_q_error", "dindex_k_error"},
+            ),
+        ],
+    )
+    def test_a_wrong_alignment_fails(self, monkeypatch, change, failing):
+        def wrong(*arrays, **options):
+            result = index_kl(*arrays, **options)
+            return type(result)(*change(*result))
+
+        monkeypatch.setattr(alignment, "index_kl", wrong)
+        alignment._jitted.cache_clear()
+        figures = alignment.check(AlignmentCase(tiny(), "random"), "reference")
+        alignment._jitted.cache_clear()
+        assert failures(figures) >= failing
+        assert failures(figures) <= failing | {"dindex_q_error", "dindex_k_error"}
 
     @pytest.mark.parametrize(
         ("change", "failing"),
@@ -302,6 +337,23 @@ class TestRun:
             "attention at 1M",
             "selection at 1M",
         }
+
+    def test_other_kernels_are_asked_what_they_have(self):
+        found = groups(quick=False, million=False, implementation="triton")
+        cases = [case for group in found.values() for case in group]
+        assert {getattr(case, "scheme", "auto") for case in cases} == {"auto"}
+        assert {getattr(case, "precision", "native") for case in cases} == {"native"}
+        kinds = {AttentionCase, GradientCase, AlignmentCase, SelectionCase}
+        assert {type(case) for case in cases} == kinds
+
+    def test_an_unknown_group_is_named(self, capsys, monkeypatch):
+        gpu = {"name": "NVIDIA A100", "compute_cap": "8.0"}
+        monkeypatch.setattr(provenance, "gpu", lambda: gpu)
+        argv = ["check_kernels", "--implementation=triton", "--groups=speed"]
+        assert cli.run(check_kernels.main, argv) == 2
+        assert "--groups=speed: none begins so of attention at 8K" in capsys.readouterr().err
+        assert cli.run(check_kernels.main, argv[:1]) == 2
+        assert "Hopper GPU, found NVIDIA A100" in capsys.readouterr().err
 
     def test_without_a_gpu_it_says_so(self, capsys, monkeypatch):
         monkeypatch.setattr(provenance, "gpu", lambda: None)
