@@ -13,6 +13,7 @@ from experiments.benchmarking.timing import jax_chain, repeat
 from msa_jax.config import ConfigError
 from pallas_kernels import select_blocks, tuning
 from pallas_kernels.ahead_of_time import compile_for_h100
+from pallas_kernels.sparse_attention.backward import BackwardConfig
 from pallas_kernels.sparse_attention.mosaic_gpu import SparseAttentionConfig
 from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention as attend_by_kernels
 
@@ -62,6 +63,9 @@ KERNELS = {
     ),
     "sparse_attention.combine": SearchSpace(
         "sparse_attention", {"num_consumers": (1, 2), "num_slots": (3, 4, 5, 6)}
+    ),
+    "sparse_attention.backward": SearchSpace(
+        "sparse_attention", {"num_query_slots": (2, 3), "tiles_per_slice": (16, 32, 64, 128)}
     ),
 }
 
@@ -147,8 +151,13 @@ def _op(
             0,
             block_size=case.block_size,
             scale=case.head_dim**-0.5,
-            config=SparseAttentionConfig(scheme),
+            config=SparseAttentionConfig(scheme, backward=BackwardConfig()),
         )
+
+    def differentiate(q, k, v, block_ids):
+        # The forward pass is timed along: the same for all candidates.
+        (o, lse), pullback = jax.vjp(lambda *qkv: attend(*qkv, block_ids), q, k, v)
+        return pullback((o, lse))
 
     if KERNELS[name].op == "select_blocks":
         index_q = shape(case.length, case.num_kv_heads, case.index_dim)
@@ -157,7 +166,8 @@ def _op(
         shape(case.length, heads, case.head_dim) for heads in (case.num_heads, case.num_kv_heads)
     )
     ids = shape(case.num_kv_heads, case.length, case.top_k, kind="int32")
-    return attend, (q, kv, kv, ids)
+    call = differentiate if name.endswith(".backward") else attend
+    return call, (q, kv, kv, ids)
 
 
 def _text(values: Values) -> str:

@@ -37,12 +37,13 @@ def add_parts(
     """
     target = current_target()
     block_size = parts.shape[2]
-    # A kernel returns something; nobody reads this.
+    # The last axis is the GPU's first, the only one of more than 65,535 places. A kernel returns
+    # something; nobody reads this.
     plgpu.kernel(
         functools.partial(_kernel, block_size),
         out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
-        grid=(len(slices), block_size // _KEYS),
-        grid_names=("item", "piece"),
+        grid=(block_size // _KEYS, len(slices)),
+        grid_names=("piece", "item"),
         interpret=target.interpret,
         kernel_name="add_parts",
     )(parts, slices, dk, dv)

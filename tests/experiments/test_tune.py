@@ -91,6 +91,16 @@ def test_a_kernel_that_the_op_does_not_run_is_an_error(monkeypatch, capsys):
     assert "does not ask for select_blocks.top_k" in capsys.readouterr().err
 
 
+def test_gradients_are_tuned_with_the_kernels_that_take_them(monkeypatch, capsys):
+    name = "sparse_attention.backward"
+    # Five tiles of queries and their cotangents are more than shared memory.
+    space = dataclasses.replace(KERNELS[name], fields={"num_query_slots": (3, 5)})
+    monkeypatch.setitem(KERNELS, name, space)
+    compiled = search.compiling(name, Case("msa", 256), "bfloat16")
+    assert list(compiled) == [{"num_query_slots": 3}]
+    assert "num_query_slots=5 needs" in capsys.readouterr().out
+
+
 def test_the_fastest_candidate_is_written(table, monkeypatch, capsys):
     def op(*_):
         def call(index_q, index_k):
