@@ -156,7 +156,7 @@ def _op(
 
     def differentiate(q, k, v, block_ids):
         # The forward pass is timed along: the same for all candidates.
-        (o, lse), pullback = jax.vjp(lambda *qkv: attend(*qkv, block_ids), q, k, v)
+        (o, lse), pullback = jax.vjp(lambda q, k, v: attend(q, k, v, block_ids), q, k, v)
         return pullback((o, lse))
 
     if KERNELS[name].op == "select_blocks":

@@ -38,7 +38,8 @@ class BackwardConfig:
     Attributes:
       gradient: the kernel per key block; None for the tuned one.
       combine: the kernel that adds the partial results of dQ; None for the tuned one.
-      partial_bytes: of device memory that those results may take.
+      partial_bytes: of device memory that those results may take, but for what fills lists up to
+        whole tiles.
       queries_per_chunk: a power of two; by default the most that `partial_bytes` has room for.
     """
 
@@ -117,6 +118,7 @@ def backward(
             queries_per_tile=TILE_ROWS // per_group,
             tiles_per_slice=gradient.tiles_per_slice,
         )
+        index = index._replace(queries=filled_tiles(index.queries, TILE_ROWS // per_group))
         partial, parts = block_gradients(
             flat_q,
             flat_do,
@@ -181,6 +183,16 @@ def _row_statistics(results, cotangents, groups: int) -> Float[Array, "2 rows G"
     return jnp.stack((lse.reshape(-1, per_group), delta.reshape(-1, per_group)))
 
 
+def filled_tiles(queries: Int[Array, "P"], per_tile: int) -> Int[Array, "P"]:
+    """`ReverseIndex.queries` with a tile's last query where nobody is.
+
+    Any query would do, for its gradients there are 0, unless it holds a NaN: so it is one whose NaN
+    is in this tile anyway.
+    """
+    # A list ascends, and row 0 stands where it has ended.
+    return jax.lax.cummax(queries.reshape(-1, per_tile), axis=1).reshape(-1)
+
+
 def statistics_by_tile(
     rows: Float[Array, "2 rows G"], index: ReverseIndex, sizes: tuple[int, int, int]
 ) -> Float[Array, "tiles 2 tile_rows"]:
@@ -202,7 +214,7 @@ def statistics_by_tile(
 
 
 def _used(queries: Int[Array, "tiles R"]) -> Bool[Array, "tiles R"]:
-    """Whether somebody is at a place: a list ascends, and row 0 stands where it has ended."""
+    """Whether somebody is at a place: a list ascends, and does not where it has ended."""
     return jnp.pad(queries[:, 1:] > queries[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 

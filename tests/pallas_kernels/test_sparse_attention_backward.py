@@ -44,12 +44,14 @@ def gradients(case, block_ids):
     offset = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
     segments = None if segments is None else jnp.asarray(segments)
     visible = visible_block_ids(jnp.asarray(block_ids), segments, offset, case.block_size)
-    return lambda *a: backward(
-        *a[:3],
+    return lambda q, k, v, o, lse, do, dlse: backward(
+        q,
+        k,
+        v,
         visible,
         offset,
-        a[3:5],
-        a[5:],
+        (o, lse),
+        (do, dlse),
         block_size=case.block_size,
         scale=0.2,
         config=case.backward,
@@ -137,6 +139,21 @@ def test_without_any_block_gradients_are_zero():
     results, _ = exact(case, arrays, block_ids, given)
     for array in differentiate(case, arrays, block_ids, results, given):
         np.testing.assert_array_equal(array, 0)
+
+
+def test_what_is_not_a_number_stays_with_the_blocks_that_its_query_picked():
+    """Query 0 also stands where nobody is in the reverse index."""
+    case = Case(8)
+    arrays, given = tuple(case.inputs()), cotangents(case)
+    block_ids = np.full((1, 1, case.num_queries, case.top_k), -1, np.int32)
+    block_ids[:, :, 0, 0] = 0
+    block_ids[:, :, 1:12, 0] = 1
+    arrays, given = ((array.at[:, 0].set(jnp.nan), *others) for array, *others in (arrays, given))
+    results, _ = exact(case, arrays, block_ids, given)
+    dq, dk, dv = differentiate(case, arrays, block_ids, results, given)
+    for array, own in ((dq, 1), (dk, case.block_size), (dv, case.block_size)):
+        assert jnp.isnan(array[:, :own]).any()
+        assert jnp.isfinite(array[:, own:]).all()
 
 
 def test_gradients_of_the_op():
