@@ -1,8 +1,7 @@
 """The gradient of the index keys on Hopper, from those of the index scores.
 
-A worker, a consumer warpgroup with a producer of its own, takes a part of a key block's tiles, of
-all groups and in order, and adds up gradient^T @ index queries in registers. XLA adds the parts:
-no atomics, the same bits in every run.
+A worker takes a part of a key block's tiles, of all groups and in order, and adds up
+gradient^T @ index queries in registers. XLA adds the parts: no atomics, the same bits in every run.
 """
 
 import dataclasses
@@ -17,9 +16,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.index_kl.tiles import KEY_BLOCK, ROW_TILE, TILE_QUERIES, Tiles
-from pallas_kernels.mosaic_gpu import SHARED_MEMORY_BYTES, Target, current_target, swizzled
-
-_PRODUCER_REGISTERS = 40
+from pallas_kernels.index_kl.workers_mosaic_gpu import (
+    check_shared_memory,
+    check_workers,
+    drain,
+    items_of,
+    run_workers,
+    wait_for_slot,
+    workers_kernel,
+)
+from pallas_kernels.mosaic_gpu import current_target, swizzled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +46,11 @@ class IndexKConfig:
     num_thread_blocks: int = 132
 
     def __post_init__(self):
-        if self.num_workers not in (1, 2):
-            raise ValueError(f"num_workers={self.num_workers} must be 1 or 2: registers are few")
-        for field in ("num_slots", "num_parts", "num_thread_blocks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        check_workers(self, "num_slots", "num_parts", "num_thread_blocks")
 
     def check(self, width: int, block_size: int) -> None:
-        """Raises ValueError if tiles and result do not fit into a core's shared memory."""
-        tiles = self.num_slots * TILE_QUERIES * (width + block_size) * 2
-        needed = self.num_workers * tiles + 1024
-        if needed > SHARED_MEMORY_BYTES:
-            raise ValueError(
-                f"num_workers={self.num_workers} with num_slots={self.num_slots} need {needed} "
-                f"bytes of shared memory, there are {SHARED_MEMORY_BYTES}; lower one of them"
-            )
+        """Raises ValueError if the tiles in flight do not fit into a core's shared memory."""
+        check_shared_memory(self, self.num_slots * TILE_QUERIES * (width + block_size) * 2)
 
 
 def index_k_gradient(
@@ -78,19 +74,16 @@ def index_k_gradient(
     config.check(width, block_size)
     order, starts = _by_block(tiles, num_blocks)
     items = num_blocks * config.num_parts
-    statics = _Statics(items, config, target)
-    parts = plgpu.kernel(
+    statics = _Statics(items, config)
+    kernel = workers_kernel(
         functools.partial(_kernel, statics),
+        "index_k_gradient",
+        config,
+        target,
         out_type=jax.ShapeDtypeStruct((items, block_size, width), jnp.float32),
-        scratch_types=_scratch(config, block_size, width, index_q.dtype),
-        grid=(config.num_thread_blocks,),
-        grid_names=("thread_block",),
-        num_threads=2 * config.num_workers,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=target.interpret,
-        kernel_name="index_k_gradient",
-    )(gradients, index_q, order, tiles.tiles[:, ROW_TILE], starts)
+        scratch=_scratch(config, block_size, width, index_q.dtype),
+    )
+    parts = kernel(gradients, index_q, order, tiles.tiles[:, ROW_TILE], starts)
     parts = parts.reshape(num_blocks, config.num_parts, block_size, width)
     return parts.sum(1).reshape(num_blocks * block_size, width)
 
@@ -106,11 +99,10 @@ def _by_block(tiles: Tiles, num_blocks: int) -> tuple[Int[Array, "M"], Int[Array
 
 
 class _Statics(NamedTuple):
-    """What the kernel is compiled for: how many parts in all, its shape, its target."""
+    """What the kernel is compiled for: how many parts in all, and its shape."""
 
     items: int
     config: IndexKConfig
-    target: Target
 
 
 class _Scratch(NamedTuple):
@@ -151,21 +143,13 @@ def _scratch(config: IndexKConfig, block_size: int, width: int, dtype) -> tuple:
 
 
 def _kernel(statics: _Statics, *refs):
-    """Consumers first, then as many producers."""
-    workers = statics.config.num_workers
-    inputs, smem = _Refs(*refs[:6]), _Scratch(*refs[6:])
-    warpgroup = lax.axis_index("warpgroup")
-    registers = min(232, 512 // workers - _PRODUCER_REGISTERS)
+    num_arrays = len(_Refs._fields)
+    inputs, smem = _Refs(*refs[:num_arrays]), _Scratch(*refs[num_arrays:])
 
-    @pl.when(warpgroup < workers)
-    def _():
-        plgpu.set_max_registers(registers // 8 * 8, action="increase")
-        _consume(statics, inputs, smem, warpgroup)
+    def role(run):
+        return lambda worker: run(statics, inputs, smem, worker)
 
-    @pl.when(warpgroup >= workers)
-    def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(statics, inputs, smem, warpgroup - workers)
+    run_workers(statics.config.num_workers, role(_consume), role(_produce))
 
 
 def _for_each_part(statics: _Statics, refs: _Refs, worker, visit):
@@ -174,8 +158,7 @@ def _for_each_part(statics: _Statics, refs: _Refs, worker, visit):
     Returns how many tiles there were.
     """
     config = statics.config
-    first = lax.axis_index("thread_block") * config.num_workers + worker
-    stride = config.num_thread_blocks * config.num_workers
+    first, stride, num_items = items_of(config, worker, statics.items)
 
     def step(n, before):
         item = first + n * stride
@@ -187,7 +170,6 @@ def _for_each_part(statics: _Statics, refs: _Refs, worker, visit):
         visit(item, begin, end, before)
         return before + (end - begin)
 
-    num_items = lax.div(statics.items - first + (stride - 1), stride)
     return lax.fori_loop(0, num_items, step, jnp.int32(0))
 
 
@@ -200,7 +182,7 @@ def _produce(statics: _Statics, refs: _Refs, smem: _Scratch, worker):
         def _(n):
             number = before + n - begin
             slot = lax.rem(number, slots)
-            pl.when(number >= slots)(lambda: plgpu.barrier_wait(smem.empty.at[worker, slot]))
+            wait_for_slot(smem.empty, worker, number, slots)
             tile = refs.order[n]
             full = smem.full.at[worker, slot]
             plgpu.copy_gmem_to_smem(refs.gradients.at[tile], smem.gradients.at[worker, slot], full)
@@ -209,11 +191,7 @@ def _produce(statics: _Statics, refs: _Refs, smem: _Scratch, worker):
             )
 
     num_tiles = _for_each_part(statics, refs, worker, visit)
-
-    # The last releases are awaited too: a thread block ends when nothing uses its shared memory.
-    @pl.loop(jnp.maximum(num_tiles - slots, 0), num_tiles)
-    def _(number):
-        plgpu.barrier_wait(smem.empty.at[worker, lax.rem(number, slots)])
+    drain(smem.empty, worker, num_tiles, slots)
 
 
 def _consume(statics: _Statics, refs: _Refs, smem: _Scratch, worker):

@@ -1,4 +1,4 @@
-"""`index_kl` on NVIDIA Hopper: what its kernels serve, in which chunks they run, how they combine.
+"""`index_kl` on NVIDIA Hopper: what its kernels serve, and what is made of their results.
 
 The forward pass computes the value and the student's log-sum-exp; the backward pass recomputes the
 probabilities of teacher and student and is a gradient of index queries and keys alone. Both go in
@@ -15,24 +15,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.index_kl.block_terms_mosaic_gpu import DIVERGENCE, LSE, MASS, block_terms
+from pallas_kernels.index_kl.chunks_mosaic_gpu import (
+    Call,
+    as_kernels_take,
+    chunk_tiles,
+    cut,
+    joined,
+    scan_chunks,
+    tile_inputs,
+)
 from pallas_kernels.index_kl.index_k_mosaic_gpu import IndexKConfig, index_k_gradient
-from pallas_kernels.index_kl.tiles import TILE_QUERIES, Tiles, by_row, dense_tiles, selected_tiles
+from pallas_kernels.index_kl.score_gradients_mosaic_gpu import (
+    STUDENT_FACTOR,
+    STUDENT_LSE,
+    TEACHER_FACTOR,
+    score_gradients,
+)
+from pallas_kernels.index_kl.tiles import TILE_QUERIES, by_row
 from pallas_kernels.index_kl.tiles_mosaic_gpu import (
-    DIVERGENCE,
-    LSE,
-    MASS,
     NUM_TERMS,
     STEP_ROWS,
     TEACHER_SHIFT,
     Scales,
     TileConfig,
-    TileInputs,
-    block_terms,
-    score_gradients,
 )
 from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
-from pallas_kernels.sparse_attention.mosaic_gpu import MIN_QUERIES, visible_block_ids
-from pallas_kernels.sparse_attention.reverse_index import row_length
+from pallas_kernels.sparse_attention.mosaic_gpu import MIN_QUERIES
 
 # The block size of the dense form, whose support has none of its own.
 _DENSE_BLOCK = 128
@@ -50,7 +59,8 @@ class IndexKLConfig:
     Attributes:
       tiles: the kernels of teacher and student.
       index_k: the kernel that adds up the gradient of the index keys.
-      chunk_bytes: of device memory that a chunk's results per query and block may take.
+      chunk_bytes: of device memory that a chunk's results per query and block may take; a chunk
+        has one row of queries at least.
       queries_per_row: see `reverse_index.row_length`, which chooses it by default.
     """
 
@@ -181,22 +191,32 @@ _align.defvjp(_forward, _backward)
 
 
 @in_32_bits
-def _value(options: _Options, q, k, main_lse, index_q, index_k, *place):
-    call = _Call(options, q, k, main_lse, index_q, index_k, *place)
+def _value(options: _Options, *arrays):
     config = options.config
-
-    def chunk(start):
-        tiles = call.tiles(start)
-        inputs = call.inputs(tiles)
-        terms = block_terms(inputs, tiles, call.scales, config.tiles)
-        return _combined(terms, tiles.places)
+    call, chunks = cut(
+        _call(options, *arrays),
+        NUM_TERMS * TILE_QUERIES * 4,
+        config.chunk_bytes,
+        config.queries_per_row,
+    )
 
     def add(carry, start):
-        return carry, chunk(start)
+        tiles = chunk_tiles(call, chunks, start)
+        terms = block_terms(tile_inputs(call, tiles), tiles, call.scales, config.tiles)
+        return carry, _combined(terms, tiles.places)
 
-    bytes_per_tile = call.input_bytes + NUM_TERMS * TILE_QUERIES * 4
-    _, (kl, index_lse) = _scan(add, (), *call.chunk(bytes_per_tile))
-    return call.whole(kl), call.whole(index_lse)
+    _, (kl, index_lse) = scan_chunks(add, (), chunks)
+    return joined(kl, call.num_queries), joined(index_lse, call.num_queries)
+
+
+def _call(
+    options: _Options, q, k, main_lse, index_q, index_k, block_ids, segment_ids, offset
+) -> Call:
+    heads = q.shape[2] // k.shape[2]
+    scales = Scales(options.block_size, options.scale, options.index_scale, heads)
+    if options.query_offset is not None:
+        offset = options.query_offset
+    return as_kernels_take(scales, q, k, main_lse, index_q, index_k, block_ids, segment_ids, offset)
 
 
 def _combined(
@@ -226,39 +246,45 @@ def _gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of index_q and index_k."""
     *place, index_lse, d_kl, d_index_lse = place_and_cotangents
-    call = _Call(options, q, k, main_lse, index_q, index_k, *place)
-    config = options.config
-    # Of a known size, a power of two apart, whatever the loss is divided by: float16 holds them.
-    most = jnp.maximum(jnp.abs(d_kl).max(), jnp.abs(d_index_lse).max())
-    unit = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(most > 0, most, 1.0))))
-    teacher_factor = d_kl / unit * options.index_scale
-    student_factor = teacher_factor + d_index_lse / unit * options.index_scale
-    per_teacher = 2.0**-TEACHER_SHIFT / call.scales.num_heads
-    factors = [
-        jnp.where(jnp.isfinite(index_lse), index_lse, 0.0) * _LOG2_E,
-        student_factor,
-        teacher_factor * per_teacher,
-    ]
-    factors = jnp.moveaxis(jnp.stack(factors, axis=-1), 2, 1)
-    factors = factors.reshape(-1, *factors.shape[2:])
+    config, dtype = options.config, q.dtype
+    call = _call(options, q, k, main_lse, index_q, index_k, *place)
+    block_size, width = options.block_size, call.q.shape[-1]
+    result_bytes = TILE_QUERIES * (width + block_size) * dtype.itemsize
+    call, chunks = cut(call, result_bytes, config.chunk_bytes, config.queries_per_row)
+    factors, unit = _factors(call.scales, index_lse, d_kl, d_index_lse)
 
     def add(total, start):
-        tiles = call.tiles(start)
-        inputs = call.inputs(tiles)
+        tiles = chunk_tiles(call, chunks, start)
+        inputs = tile_inputs(call, tiles)
         rows = by_row(factors, tiles, 0.0).swapaxes(1, 2)
         gradients, partial = score_gradients(inputs, rows, tiles, call.scales, config.tiles)
         total += index_k_gradient(
             gradients, inputs.index_q, tiles, call.num_key_blocks, config.index_k
         )
-        return total, _summed(partial, tiles.places)
+        return total, (_summed(partial, tiles.places) * unit).astype(dtype)
 
-    block_size, width = options.block_size, call.width
-    bytes_per_tile = call.input_bytes + TILE_QUERIES * (width + block_size) * q.dtype.itemsize
     nothing = jnp.zeros((call.num_key_blocks * block_size, width), jnp.float32)
-    total, d_index_q = _scan(add, nothing, *call.chunk(bytes_per_tile))
-    d_index_q = (call.whole(d_index_q) * unit).swapaxes(1, 2)[..., : index_q.shape[-1]]
-    d_index_k = (total * unit).reshape(len(q), -1, width)[:, : k.shape[1], : index_k.shape[-1]]
-    return d_index_q.astype(index_q.dtype), d_index_k.astype(index_k.dtype)
+    total, d_index_q = scan_chunks(add, nothing, chunks)
+    d_index_q = joined(d_index_q, call.num_queries).swapaxes(1, 2)[..., : index_q.shape[-1]]
+    d_index_k = (total * unit).astype(dtype).reshape(len(q), -1, width)
+    return d_index_q, d_index_k[:, : k.shape[1], : index_k.shape[-1]]
+
+
+def _factors(
+    scales: Scales, index_lse, d_kl, d_index_lse
+) -> tuple[Float[Array, "queries Hkv factors"], Float[Array, ""]]:
+    """The factors of `score_gradients` per query and group, and the unit that these are in."""
+    # Of a known size, whatever the loss is divided by: float16 holds the gradients in this unit.
+    most = jnp.maximum(jnp.abs(d_kl).max(), jnp.abs(d_index_lse).max())
+    unit = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(most > 0, most, 1.0))))
+    teacher = d_kl / unit * scales.index_scale
+    factors = {
+        STUDENT_LSE: jnp.where(jnp.isfinite(index_lse), index_lse, 0.0) * _LOG2_E,
+        STUDENT_FACTOR: teacher + d_index_lse / unit * scales.index_scale,
+        TEACHER_FACTOR: teacher * (2.0**-TEACHER_SHIFT / scales.num_heads),
+    }
+    stacked = jnp.stack([factors[i] for i in range(len(factors))], axis=-1)
+    return jnp.moveaxis(stacked, 2, 1).reshape(-1, stacked.shape[1], len(factors)), unit
 
 
 def _summed(
@@ -280,116 +306,3 @@ def _summed(
     if top_k == at_a_time:
         return add(0, nothing)
     return jax.lax.fori_loop(0, places.shape[3] // at_a_time, add, nothing)
-
-
-class _Call:
-    """The arrays of one call as the kernels take them, and its cut into chunks of queries."""
-
-    def __init__(
-        self, options: _Options, q, k, main_lse, index_q, index_k, block_ids, segment_ids, offset
-    ):
-        self.options, self.config = options, options.config
-        self.batch, self.num_queries, num_heads, head_dim = q.shape
-        self.groups, block_size = k.shape[2], options.block_size
-        heads = num_heads // self.groups
-        self.scales = Scales(block_size, options.scale, options.index_scale, heads)
-        self.padded_heads = max(8, 1 << (heads - 1).bit_length())
-        self.width = max(head_dim, index_q.shape[-1])
-        self.itemsize = q.dtype.itemsize
-        self.num_blocks = -(-k.shape[1] // block_size)
-        self.num_key_blocks = self.batch * self.num_blocks
-        slots = self.num_blocks * block_size - k.shape[1]
-        no_heads = (0, self.padded_heads - heads)
-        grouped = q.reshape(*q.shape[:2], self.groups, heads, head_dim)
-        grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, 0), no_heads, (0, 0)))
-        self.q = self._flat(grouped.reshape(*q.shape[:2], -1, head_dim))
-        self.k = self._flat(jnp.pad(k, ((0, 0), (0, slots), (0, 0), (0, 0))))
-        self.index_q = self._flat(index_q)
-        self.index_k = self._flat(jnp.pad(index_k, ((0, 0), (0, slots), (0, 0))))
-        offset = options.query_offset if options.query_offset is not None else offset
-        self.offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (self.batch,))
-        self.block_ids = None
-        if block_ids is not None:
-            self.block_ids = visible_block_ids(block_ids, segment_ids, offset, block_size)
-        lse = main_lse.reshape(self.batch, self.groups, heads, -1) * _LOG2_E - TEACHER_SHIFT
-        # Where a head is none its probabilities are 0.
-        padding = ((0, 0), (0, 0), no_heads, (0, 0))
-        lse = jnp.pad(lse.astype(jnp.float32), padding, constant_values=jnp.inf)
-        self.lse = jnp.moveaxis(lse, 3, 1).reshape(-1, self.groups, self.padded_heads)
-        self.length = self.num_queries
-
-    def _flat(self, array: Float[Array, "B length *rest dim"]) -> Float[Array, "rows *rest W"]:
-        """Rows of all batch rows after each other, with zeros up to `width`."""
-        missing = self.width - array.shape[-1]
-        array = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
-        return array.reshape(-1, *array.shape[2:])
-
-    @property
-    def input_bytes(self) -> int:
-        """What a row tile's inputs take."""
-        return TILE_QUERIES * (self.width * self.itemsize + self.padded_heads * 4 + 16)
-
-    @property
-    def row(self) -> int:
-        """Queries that a chunk holds a whole number of."""
-        if self.block_ids is None:
-            return TILE_QUERIES
-        top_k = self.block_ids.shape[3]
-        return self.config.queries_per_row or row_length(self.num_queries, self.num_blocks, top_k)
-
-    def chunk(self, bytes_per_tile: int) -> tuple[int, int]:
-        """Queries per chunk, and how many chunks: whole rows, evenly spread."""
-        blocks, row = self.num_key_blocks * self.groups, self.row
-        if self.block_ids is None:
-            tiles = blocks * row // TILE_QUERIES
-        else:
-            entries = row * self.block_ids.shape[3] * self.groups * self.batch
-            tiles = -(-entries // TILE_QUERIES) + min(blocks, entries)
-        most = max(1, self.config.chunk_bytes // (tiles * bytes_per_tile)) * row
-        number = -(-self.num_queries // most)
-        self.length = -(-self.num_queries // (number * row)) * row
-        if self.block_ids is not None:
-            behind = number * self.length - self.num_queries
-            padding = ((0, 0), (0, 0), (0, behind), (0, 0))
-            self.block_ids = jnp.pad(self.block_ids, padding, constant_values=-1)
-        return self.length, number
-
-    def tiles(self, start) -> Tiles:
-        """Those of the chunk that starts with this query."""
-        first_query = jnp.arange(self.batch, dtype=jnp.int32) * self.num_queries + start
-        first_slot = self.offsets + start
-        blocks = {"num_blocks": self.num_blocks, "block_size": self.options.block_size}
-        if self.block_ids is None:
-            return dense_tiles(
-                first_query,
-                first_slot,
-                self.num_queries - start,
-                num_queries=self.length,
-                groups=self.groups,
-                **blocks,
-            )
-        block_ids = jax.lax.dynamic_slice_in_dim(self.block_ids, start, self.length, axis=2)
-        return selected_tiles(
-            block_ids, first_query, first_slot, queries_per_row=self.row, **blocks
-        )
-
-    def inputs(self, tiles: Tiles) -> TileInputs:
-        """The kernels' arrays for a chunk's tiles."""
-        lse = by_row(self.lse, tiles, jnp.inf).reshape(len(tiles.queries), -1, STEP_ROWS)
-        return TileInputs(self.q, self.k, by_row(self.index_q, tiles, 0.0), self.index_k, lse)
-
-    def whole(
-        self, chunks: Float[Array, "chunks B Hkv length *rest"]
-    ) -> Float[Array, "B Hkv queries *rest"]:
-        """The chunks' results one after the other, less what was added to fill the last."""
-        chunks = jnp.moveaxis(chunks, 0, 2)
-        merged = chunks.reshape(*chunks.shape[:2], -1, *chunks.shape[4:])
-        return merged[:, :, : self.num_queries]
-
-
-def _scan(add, carry, length: int, number: int):
-    """`jax.lax.scan` of `add` over the chunks' first queries; a single chunk needs no loop."""
-    if number == 1:
-        carry, result = add(carry, jnp.int32(0))
-        return carry, jax.tree.map(lambda x: x[None], result)
-    return jax.lax.scan(add, carry, jnp.arange(number, dtype=jnp.int32) * length)

@@ -27,7 +27,6 @@ TILE_QUERIES = 64
 # Columns of `Tiles.tiles`. With one tile per slice of the reverse index, a slice's first tile is
 # its row tile, and the number of its tiles leaves room for that of its queries.
 ROW_TILE, NUM_QUERIES = FIRST_TILE, NUM_TILES
-__all__ = ["GROUP", "KEY_BLOCK", "NUM_QUERIES", "OWN_QUERY", "ROW_TILE", "TILE_QUERIES"]
 
 # The query of a row where nobody is: so far before every block that it sees no key.
 NOBODY = -(2**30)

@@ -12,10 +12,11 @@ from op_cases import compiled
 
 from pallas_kernels import BlockSelection, index_kl
 from pallas_kernels.ahead_of_time import compile_for_h100
-from pallas_kernels.index_kl import api, mosaic_gpu
+from pallas_kernels.index_kl import api, chunks_mosaic_gpu, mosaic_gpu
 from pallas_kernels.index_kl.index_k_mosaic_gpu import IndexKConfig
 from pallas_kernels.index_kl.mosaic_gpu import IndexKLConfig
-from pallas_kernels.index_kl.tiles_mosaic_gpu import TileConfig
+from pallas_kernels.index_kl.tiles import TILE_QUERIES
+from pallas_kernels.index_kl.tiles_mosaic_gpu import Scales, TileConfig
 from pallas_kernels.mosaic_gpu import Target, traced_for
 
 SMALL = IndexKLConfig(
@@ -47,6 +48,7 @@ class Case:
     query_offset: int | tuple[int, ...] = 128
     documents: tuple[tuple[int, int], ...] = ()
     dtype: str = "bfloat16"
+    weight: float = 1e-6
     config: IndexKLConfig = SMALL
 
     def inputs(self):
@@ -103,7 +105,7 @@ class Case:
     def weights(self):
         """Cotangents of value and log-sum-exp, as small as a mean over many queries makes them."""
         shape = 2, self.batch, self.groups, self.num_queries
-        return jnp.asarray(1e-6 * np.random.default_rng(2).normal(size=shape), jnp.float32)
+        return jnp.asarray(self.weight * np.random.default_rng(2).normal(size=shape), jnp.float32)
 
     def align(self, q, k, index_q, index_k, main_lse, weights):
         """Value, log-sum-exp and gradients; to be traced for some target."""
@@ -168,12 +170,14 @@ def assert_as_oracle(case):
     for gradient, exact in zip(gradients, wanted, strict=True):
         assert gradient.dtype == case.dtype
         assert np.abs(exact).max() > 0
-        assert relative_error(gradient, exact) < 6e-3
+        rounding = relative_error(jnp.asarray(exact, case.dtype), exact)
+        assert relative_error(gradient, exact) < 4e-3 + rounding
     return results
 
 
 CASES = {
-    "a group of 16": Case(),
+    # The gradients of scores are below what float16 resolves: only rounded to it at the end.
+    "float16, small gradients": Case(dtype="float16", weight=2e-5, density=0.25),
     "one head, two groups, rounds of one slot": Case(per_group=1, groups=2, config=SINGLE),
     "4 heads, ragged, chunks": Case(
         per_group=4, num_queries=100, num_keys=170, query_offset=70, top_k=1, config=CHUNKS
@@ -196,29 +200,27 @@ def test_value_and_gradients(case):
     assert_as_oracle(case)
 
 
-def test_float16_holds_gradients_below_its_range():
-    """They are rounded to it at the end only: relative to the largest, none is lost on the way."""
-    case = Case(dtype="float16", density=0.15)
-    inputs = list(case.inputs())
-    weights = case.weights() * 1e4
-    lse = case.main_lse(inputs[0], inputs[1])
-    with interpreted():
-        big = compiled(case.align)(*inputs, lse, weights)
-        small = compiled(case.align)(*inputs, lse, weights / 2**6)
-    for a, b in zip(big[2:], small[2:], strict=True):
-        assert relative_error(b * 2.0**6, np.asarray(a, np.float64)) < 1e-2
-
-
-def test_rows_without_support_are_zero():
+def test_rows_without_support_are_zero_and_their_queries_reach_nobody():
+    """Query 0 is what places of nobody might load: it selects nothing, and is NaN."""
     case = Case(density=0.3)
-    kl, index_lse, d_index_q, d_index_k = run(case, list(case.inputs()))
-    nothing = ~case.mask(case.block_ids()).any(-1)
-    assert nothing.any()
+    case_ids = case.block_ids()
+    case_ids[:, :, 0] = -1
+    q, k, index_q, index_k = case.inputs()
+    lse = case.main_lse(q, k)
+    q, index_q = (x.at[:, 0].set(jnp.nan) for x in (q, index_q))
+    with interpreted(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Case, "block_ids", lambda self: case_ids)
+        results = compiled(case.align)(q, k, index_q, index_k, lse, case.weights())
+        nothing = ~case.mask(case_ids).any(-1)
+    kl, index_lse, d_index_q, d_index_k = (np.asarray(x, np.float32) for x in results)
+    assert nothing[:, :, 0].all()
     assert not nothing.all()
-    assert (np.asarray(kl)[nothing] == 0).all()
-    assert (np.asarray(index_lse)[nothing] == -np.inf).all()
-    assert (np.asarray(d_index_q)[np.moveaxis(nothing, 1, 2)] == 0).all()
-    assert np.isfinite(np.asarray(d_index_k, np.float32)).all()
+    assert (kl[nothing] == 0).all()
+    assert np.isfinite(kl).all()
+    np.testing.assert_array_equal(index_lse == -np.inf, nothing)
+    assert (d_index_q[np.moveaxis(nothing, 1, 2)] == 0).all()
+    assert np.isfinite(d_index_q).all()
+    assert np.isfinite(d_index_k).all()
 
 
 def test_a_row_of_gradients_sums_to_zero_and_two_runs_agree_bit_for_bit():
@@ -238,9 +240,13 @@ def test_a_row_of_gradients_sums_to_zero_and_two_runs_agree_bit_for_bit():
     assert np.abs(np.asarray(first[3], np.float64)).max() > 0
 
 
-def test_no_races():
-    case = Case(density=0.15, per_group=32)
+def test_no_races(capfd):
+    """Tiles of one step or two: what a ring of two slots holds is of two tiles."""
+    config = dataclasses.replace(SINGLE, tiles=dataclasses.replace(SINGLE.tiles, num_slots=2))
+    case = Case(density=0.15, per_group=8, config=config)
     run(case, list(case.inputs()), races=True)
+    # The interpreter remembers the races of the last kernel only, but prints those of each.
+    assert "RACE" not in capfd.readouterr().out.upper()
 
 
 def test_the_teacher_has_no_gradient():
@@ -262,7 +268,6 @@ def test_the_teacher_has_no_gradient():
 COMPILED = {
     "as shipped": Case(groups=2, head_dim=128, index_dim=128, block_size=128, top_k=16),
     "64 heads, blocks of 64": Case(per_group=64, head_dim=128, index_dim=64, top_k=3),
-    "causal prefix": Case(head_dim=128, index_dim=128, top_k=0),
 }
 
 
@@ -279,6 +284,42 @@ def test_compiles_for_an_h100_without_spills(case):
     names = [kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in kernels]
     assert sorted(names) == ["index_k_gradient", "index_kl_gradients", "index_kl_terms"]
     assert all(kernel.spill_bytes == kernel.stack_bytes == 0 for kernel in kernels)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("tokens", [2**17, 2**20])
+@pytest.mark.parametrize("top_k", [0, 16])
+def test_chunks_bound_memory_and_places_whatever_the_length(tokens, top_k):
+    """64/4 heads; the tiles of one chunk with what is stored by tile and by row."""
+    width, groups, heads, block_size, chunk_bytes = 128, 4, 16, 128, 2**31
+    result_bytes = TILE_QUERIES * (width + block_size) * 2
+    found = []
+
+    def tiles(*arrays):
+        scales = Scales(block_size, 1.0, 1.0, heads)
+        call = chunks_mosaic_gpu.as_kernels_take(scales, *arrays, None, 0)
+        call, chunks = chunks_mosaic_gpu.cut(call, result_bytes, chunk_bytes, None)
+        found.append(chunks)
+        return chunks_mosaic_gpu.chunk_tiles(call, chunks, jnp.int32(0))
+
+    shapes = (
+        ((1, tokens, groups * heads, width), "bfloat16"),
+        ((1, tokens, groups, width), "bfloat16"),
+        ((1, groups * heads, tokens), "float32"),
+        ((1, tokens, groups, width), "bfloat16"),
+        ((1, tokens, width), "bfloat16"),
+        *([((1, groups, tokens, top_k), "int32")] * bool(top_k)),
+    )
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    result = jax.eval_shape(lambda *x: tiles(*x, *([] if top_k else [None])), *arrays)
+    (chunks,) = found
+    by_tile = len(result.tiles) * result_bytes
+    by_row = len(result.queries) * TILE_QUERIES * (width * 2 + heads * 4 + 16)
+    assert chunks.number * chunks.length >= tokens
+    # No smaller than need be, unless a chunk is a single row already; at most half more for that.
+    assert by_tile + by_row <= chunk_bytes * (1 if chunks.length > chunks.queries_per_row else 2)
+    assert by_tile + by_row > chunk_bytes / 2 or chunks.length == chunks.queries_per_row
+    assert len(result.tiles) * TILE_QUERIES < 2**31
 
 
 @pytest.mark.fast
