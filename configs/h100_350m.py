@@ -16,8 +16,9 @@ input (67 MB), block ids and log-sum-exps (2.1 MB each): 1.7 GB in all, and the 
 (134 MB each), the feed-forward's inner arrays (210 MB each) and the partial results of selected
 attention (2.1 GB). Logits over 256 bytes are 34 MB a row and need no chunks of the sequence; a
 vocabulary of 200,000 would take 26 GB.
-Expected result: the loss of the MSA model is its dense twin's within 2 %, at several times the
-tokens per second. A token takes 3.3 GFLOP with MSA and 11.7 with dense attention.
+Expected result, not run yet: the loss of the MSA model is its dense twin's within 2 %. A token
+takes 3.3 GFLOP with MSA and 11.7 with dense attention; how much of that becomes time depends on
+kernels for the backward pass and the KL loss (docs/training_kernels.md).
 
 Heads are the paper's scaled down: 16 query heads of 128 dims to a group, twice as wide together as
 the residual stream. Rows are cut from the standard library's sources joined end to end, each one
