@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from op_cases import compiled
 
@@ -151,12 +150,13 @@ def test_ids_are_those_of_the_reference(case):
     np.testing.assert_array_equal(case.actual(*inputs), expected)
 
 
-def test_races():
+def test_no_races(capfd):
     case = Case(num_queries=384, config=TWO_LEVELS)
     inputs = case.inputs()
     actual = case.actual(*inputs, detect_races=True)
     np.testing.assert_array_equal(actual, case.expected(*inputs))
-    assert not gpu_callbacks.get_races().races_found
+    # The interpreter remembers the races of the last kernel only, but prints those of each.
+    assert "RACE" not in capfd.readouterr().out
 
 
 def test_what_is_not_written_is_not_chosen():

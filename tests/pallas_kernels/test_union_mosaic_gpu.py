@@ -116,9 +116,10 @@ def test_output_and_log_sum_exp(case):
     assert_as_oracle(case, plgpu.InterpretGPUParams())
 
 
-def test_no_races():
+def test_no_races(capfd):
     case = Case(UnionConfig(num_consumers=2, key_tile=64, ring=3), offset=200, top_k=2)
     assert_as_oracle(case, plgpu.InterpretGPUParams(detect_races=True))
+    assert "RACE" not in capfd.readouterr().out
 
 
 def arguments(group=16, head_dim=128, dtype="bfloat16"):
