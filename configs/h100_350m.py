@@ -16,7 +16,7 @@ input (67 MB), block ids and log-sum-exps (2.1 MB each): 1.7 GB in all, and the 
 (134 MB each), the feed-forward's inner arrays (210 MB each) and the partial results of selected
 attention (2.1 GB). Logits over 256 bytes are 34 MB a row and need no chunks of the sequence; a
 vocabulary of 200,000 would take 26 GB.
-Expected result, not run yet: the loss of the MSA model is its dense twin's within 2 %. A token
+Expected result: the loss of the MSA model is its dense twin's within 2 %; not run yet. A token
 takes 3.3 GFLOP with MSA and 11.7 with dense attention; how much of that becomes time depends on
 kernels for the backward pass and the KL loss (docs/training_kernels.md).
 
