@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_oracle
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from op_cases import compiled
+from op_cases import ascending_picks, compiled, segments_of
 
 from pallas_kernels.mosaic_gpu import Target, traced_for
 from pallas_kernels.sparse_attention import mosaic_gpu
@@ -70,22 +70,14 @@ class Case:
 
     def block_ids(self):
         """Ascending, then -1: any block, of the future and of other documents too."""
-        rng = np.random.default_rng(1)
         shape = self.batch, self.groups, self.num_queries, self.top_k
-        ids = np.full(shape, -1, np.int32)
         num_blocks = -(-self.num_keys // self.block_size)
-        for index in np.ndindex(shape[:3]):
-            count = rng.binomial(min(self.top_k, num_blocks), self.density)
-            ids[index][:count] = np.sort(rng.choice(num_blocks, count, replace=False))
-        return ids
+        return ascending_picks(
+            shape, num_blocks, lambda rng, most: rng.binomial(most, self.density)
+        )
 
     def segment_ids(self):
-        if not self.documents:
-            return None
-        segments = np.zeros((self.batch, self.num_keys), np.int32)
-        for number, (start, stop) in enumerate(self.documents):
-            segments[:, start:stop] = number + 1
-        return segments
+        return segments_of(self.documents, self.batch, self.num_keys)
 
     def expected(self, q, k, v, block_ids):
         exact = (np.asarray(x, np.float64) for x in (q, k, v))

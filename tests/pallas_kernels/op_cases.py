@@ -142,6 +142,29 @@ def arbitrary_blocks(layout, seed=5):
     return block_ids
 
 
+def segments_of(documents, batch, num_keys):
+    """The segment ids of documents (start, stop), the same in each row; None without any."""
+    if not documents:
+        return None
+    segments = np.zeros((batch, num_keys), np.int32)
+    for number, (start, stop) in enumerate(documents):
+        segments[:, start:stop] = number + 1
+    return segments
+
+
+def ascending_picks(shape, num_blocks, count):
+    """Block ids [B, Hkv, T, K]: ascending, then -1; any block, however little its query may see.
+
+    count(rng, most) says how many a query picks.
+    """
+    rng = np.random.default_rng(1)
+    ids = np.full(shape, -1, np.int32)
+    for index in np.ndindex(shape[:3]):
+        picked = count(rng, min(shape[3], num_blocks))
+        ids[index][:picked] = np.sort(rng.choice(num_blocks, picked, replace=False))
+    return ids
+
+
 def assert_close(actual, expected, tolerances=TOLERANCES):
     """Equal up to the rounding of `actual`'s dtype; infinities must agree."""
     expected = np.asarray(expected, np.float64)

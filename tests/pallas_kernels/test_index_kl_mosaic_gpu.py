@@ -8,7 +8,7 @@ import numpy as np
 import numpy_oracle
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from op_cases import compiled
+from op_cases import ascending_picks, compiled, segments_of
 
 from pallas_kernels import BlockSelection, index_kl
 from pallas_kernels.ahead_of_time import compile_for_h100
@@ -67,21 +67,14 @@ class Case:
         """Ascending, then -1: any block, of the future and of other documents too."""
         if not self.top_k:
             return None
-        rng = np.random.default_rng(1)
-        ids = np.full((self.batch, self.groups, self.num_queries, self.top_k), -1, np.int32)
+        shape = self.batch, self.groups, self.num_queries, self.top_k
         num_blocks = -(-self.num_keys // self.block_size)
-        for index in np.ndindex(ids.shape[:3]):
-            count = rng.binomial(min(self.top_k, num_blocks), self.density)
-            ids[index][:count] = np.sort(rng.choice(num_blocks, count, replace=False))
-        return ids
+        return ascending_picks(
+            shape, num_blocks, lambda rng, most: rng.binomial(most, self.density)
+        )
 
     def segment_ids(self):
-        if not self.documents:
-            return None
-        segments = np.zeros((self.batch, self.num_keys), np.int32)
-        for number, (start, stop) in enumerate(self.documents):
-            segments[:, start:stop] = number + 1
-        return segments
+        return segments_of(self.documents, self.batch, self.num_keys)
 
     def mask(self, block_ids):
         return numpy_oracle.support(

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import numpy_oracle
+from op_cases import ascending_picks, segments_of
 
 DOCUMENTS = ((0, 16), (16, 30), (32, 43))
 
@@ -47,22 +48,12 @@ class Case:
 
     def block_ids(self):
         """Ascending, then -1: any block, of the future and of other documents too."""
-        rng = np.random.default_rng(1)
         shape = self.batch, self.groups, self.num_queries, self.top_k
-        ids = np.full(shape, -1, np.int32)
         num_blocks = -(-self.num_keys // self.block_size)
-        for index in np.ndindex(shape[:3]):
-            count = rng.integers(min(self.top_k, num_blocks) + 1)
-            ids[index][:count] = np.sort(rng.choice(num_blocks, count, replace=False))
-        return ids
+        return ascending_picks(shape, num_blocks, lambda rng, most: rng.integers(most + 1))
 
     def segment_ids(self):
-        if not self.documents:
-            return None
-        segments = np.zeros((self.batch, self.num_keys), np.int32)
-        for number, (start, stop) in enumerate(self.documents):
-            segments[:, start:stop] = number + 1
-        return segments
+        return segments_of(self.documents, self.batch, self.num_keys)
 
     def mask(self, block_ids):
         return numpy_oracle.support(
