@@ -56,6 +56,32 @@ def visible_slots(
     return visible
 
 
+def visible_block_ids(
+    block_ids: Int[Array, "B Hkv T K"],
+    segment_ids: Int[Array, "B S"] | None,
+    query_offset: Int[Array, "B"] | int,
+    block_size: int,
+) -> Int[Array, "B Hkv T K"]:
+    """The ids with -1 for blocks that their query cannot see any of, and for repeated ones.
+
+    What is left needs no segments: a block before the query's own one is visible as a whole, the
+    own one up to the query.
+    """
+    batch, _, num_queries, _ = block_ids.shape
+    slots = query_slots(batch, num_queries, query_offset)
+    visible = block_ids <= (slots // block_size)[:, None, :, None]
+    # Ids ascend.
+    repeated = block_ids[..., 1:] == block_ids[..., :-1]
+    visible &= ~jnp.pad(repeated, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    if segment_ids is not None:
+        documents = segment_ids[:, ::block_size]
+        own = segments_at(segment_ids, slots)[:, None, :, None]
+        ids = jnp.clip(block_ids, 0, documents.shape[1] - 1)
+        rows = jnp.arange(batch)[:, None, None, None]
+        visible &= (documents[rows, ids] == own) & (own > 0)
+    return jnp.where(visible, block_ids, -1)
+
+
 def document_starts(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """The slot at which each slot's document begins."""
     slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)

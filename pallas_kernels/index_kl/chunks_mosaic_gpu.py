@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.index_kl.tiles import TILE_QUERIES, Tiles, by_row, dense_tiles, selected_tiles
 from pallas_kernels.index_kl.tiles_mosaic_gpu import STEP_ROWS, TEACHER_SHIFT, Scales, TileInputs
-from pallas_kernels.sparse_attention.mosaic_gpu import visible_block_ids
 from pallas_kernels.sparse_attention.reverse_index import row_length
+from pallas_kernels.visibility import visible_block_ids
 
 _LOG2_E = math.log2(math.e)
 

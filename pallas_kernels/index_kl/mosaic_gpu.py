@@ -40,8 +40,9 @@ from pallas_kernels.index_kl.tiles_mosaic_gpu import (
     Scales,
     TileConfig,
 )
-from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
+from pallas_kernels.mosaic_gpu import current_target
 from pallas_kernels.sparse_attention.mosaic_gpu import MIN_QUERIES
+from pallas_kernels.tracing import in_32_bits, refuse_varying
 
 # The block size of the dense form, whose support has none of its own.
 _DENSE_BLOCK = 128

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
+from pallas_kernels.mosaic_gpu import current_target
 from pallas_kernels.select_blocks.quantization import quantize_keys, quantize_queries
 from pallas_kernels.select_blocks.scores_mosaic_gpu import (
     GROUP,
@@ -24,6 +24,7 @@ from pallas_kernels.select_blocks.scores_mosaic_gpu import (
     block_scores,
 )
 from pallas_kernels.select_blocks.top_k_mosaic_gpu import MAX_TOP_K, TopKConfig, top_ids
+from pallas_kernels.tracing import in_32_bits, refuse_varying
 from pallas_kernels.tuning import shape_bucket, tuned
 from pallas_kernels.visibility import document_starts, query_slots, segments_at
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import in_32_bits, refuse_varying
+from pallas_kernels.tracing import in_32_bits, refuse_varying
 from pallas_kernels.triton import check_served, current_target
 from pallas_kernels.visibility import document_starts, query_slots, segments_at
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import current_target, in_32_bits, refuse_varying
+from pallas_kernels.mosaic_gpu import current_target
 from pallas_kernels.residuals import named
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
@@ -30,8 +30,9 @@ from pallas_kernels.sparse_attention.union_mosaic_gpu import (
     union,
 )
 from pallas_kernels.sparse_attention.union_tiles import mean_union
+from pallas_kernels.tracing import in_32_bits, refuse_varying
 from pallas_kernels.tuning import shape_bucket, tuned
-from pallas_kernels.visibility import query_slots, segments_at
+from pallas_kernels.visibility import visible_block_ids
 
 SCHEMES = ("auto", "union", "kv_outer")
 
@@ -143,32 +144,6 @@ def _check_served(q, k, v, block_ids, block_size: int, scale: float) -> None:
         )
     if not scale > 0:
         raise NotImplementedError(f"the kernels take a positive scale, not {scale}")
-
-
-def visible_block_ids(
-    block_ids: Int[Array, "B Hkv T K"],
-    segment_ids: Int[Array, "B S"] | None,
-    query_offset: Int[Array, "B"] | int,
-    block_size: int,
-) -> Int[Array, "B Hkv T K"]:
-    """The ids with -1 for blocks that their query cannot see any of, and for repeated ones.
-
-    What is left needs no segments: a block before the query's own one is visible as a whole, the
-    own one up to the query.
-    """
-    batch, _, num_queries, _ = block_ids.shape
-    slots = query_slots(batch, num_queries, query_offset)
-    visible = block_ids <= (slots // block_size)[:, None, :, None]
-    # Ids ascend.
-    repeated = block_ids[..., 1:] == block_ids[..., :-1]
-    visible &= ~jnp.pad(repeated, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    if segment_ids is not None:
-        documents = segment_ids[:, ::block_size]
-        own = segments_at(segment_ids, slots)[:, None, :, None]
-        ids = jnp.clip(block_ids, 0, documents.shape[1] - 1)
-        rows = jnp.arange(batch)[:, None, None, None]
-        visible &= (documents[rows, ids] == own) & (own > 0)
-    return jnp.where(visible, block_ids, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import in_32_bits, refuse_varying
 from pallas_kernels.residuals import named
-from pallas_kernels.sparse_attention.mosaic_gpu import visible_block_ids
+from pallas_kernels.tracing import in_32_bits, refuse_varying
 from pallas_kernels.triton import check_served, current_target
+from pallas_kernels.visibility import visible_block_ids
 
 # The heads of a group are the rows of a program's matrix products.
 MAX_GROUP = 128

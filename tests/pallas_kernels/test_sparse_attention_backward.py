@@ -17,8 +17,8 @@ from pallas_kernels.sparse_attention.add_parts_mosaic_gpu import add_parts
 from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
 from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig, block_gradients
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
-from pallas_kernels.sparse_attention.mosaic_gpu import visible_block_ids
 from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
+from pallas_kernels.visibility import visible_block_ids
 
 # Rows of 64 queries, one per chunk.
 CHUNKS = dataclasses.replace(BACKWARD, queries_per_chunk=64)

@@ -22,6 +22,7 @@ from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
 )
 from pallas_kernels.sparse_attention.mosaic_gpu import SCHEMES, SparseAttentionConfig
 from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
+from pallas_kernels.visibility import visible_block_ids
 
 
 def assert_close(actual, expected):
@@ -175,7 +176,7 @@ def test_visible_block_ids_are_the_picks_that_see_something():
     block_ids = case.block_ids()
     block_ids[0, 0, 0] = [1, 1, 2, 2]
     segments = jnp.asarray(case.segment_ids())
-    actual = mosaic_gpu.visible_block_ids(jnp.asarray(block_ids), segments, 70, 64)
+    actual = visible_block_ids(jnp.asarray(block_ids), segments, 70, 64)
     kept = np.asarray(actual) >= 0
     seen = case.mask(block_ids).reshape(1, 1, case.num_queries, -1, 64).any(-1)
     repeated = np.zeros_like(kept)

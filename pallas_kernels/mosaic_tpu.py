@@ -1,0 +1,132 @@
+"""Where the Mosaic TPU kernels run, and the facts of the chips that they are cut to.
+
+Words used in the kernels: HBM is the device's memory, VMEM a core's vector memory, SMEM its scalar
+memory; the *MXU* multiplies matrices; a vector register has 8 *sublanes* of 128 *lanes*.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a kernel's shape depends on, and what its floors are computed from; per jax device.
+
+    Attributes:
+      name: as in "v5p".
+      device_kind: `jax.Device.device_kind`, the key of the tuned table.
+      topology: the smallest one that can be compiled for, as `jax.experimental.topologies` names it.
+      num_cores: TensorCores that share one jax device; a grid's parallel axes are spread over them.
+      vmem_bytes: of one core.
+      hbm_bytes: of the device.
+      bytes_per_second: from and to HBM.
+      bf16_flops: per second.
+      int8_ops: per second; 0 where the MXU has no 8-bit integers.
+      mxu_size: rows and columns of an MXU.
+    """
+
+    name: str
+    device_kind: str
+    topology: str
+    num_cores: int
+    vmem_bytes: int
+    hbm_bytes: int
+    bytes_per_second: float
+    bf16_flops: float
+    int8_ops: float
+    mxu_size: int
+
+
+_MIB, _GIB = 2**20, 2**30
+
+# Figures per device from Google's system pages: a v7x chip is two devices of one core each, a v5p
+# device is two cores.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v5e",
+            "TPU v5 lite",
+            "v5e:2x2",
+            1,
+            128 * _MIB,
+            16 * _GIB,
+            8.19e11,
+            1.97e14,
+            3.94e14,
+            128,
+        ),
+        Chip("v5p", "TPU v5", "v5p:2x2x1", 2, 64 * _MIB, 95 * _GIB, 2.76e12, 4.59e14, 9.18e14, 128),
+        Chip(
+            "v6e",
+            "TPU v6 lite",
+            "v6e:2x2",
+            1,
+            128 * _MIB,
+            32 * _GIB,
+            1.64e12,
+            9.18e14,
+            1.84e15,
+            256,
+        ),
+        Chip("v7x", "TPU7x", "tpu7x:2x2x1", 1, 64 * _MIB, 96 * _GIB, 3.7e12, 1.15e15, 0.0, 256),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a kernel is traced for.
+
+    Attributes:
+      chip: its tile sizes come from here.
+      interpret: False for the chip itself, else the interpreter on a CPU: True for the one of plain
+        XLA, `pltpu.InterpretParams` for the one that has memories, semaphores and races.
+    """
+
+    chip: Chip
+    interpret: bool | pltpu.InterpretParams = False
+
+
+_override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(target: Target) -> Iterator[None]:
+    """Traces kernels for `target` on a machine without the TPU: to interpret or to compile ahead.
+
+    The target is read while a kernel is traced; functions already jitted keep theirs.
+    """
+    token = _override.set(target)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def current_target() -> Target:
+    """The target of kernels traced now.
+
+    Raises:
+      NotImplementedError: the default device is no TPU, or one that the kernels have no facts of.
+    """
+    override = _override.get()
+    if override is not None:
+        return override
+    device = jax.devices()[0]
+    if device.platform != "tpu":
+        raise NotImplementedError(f"Mosaic TPU kernels need a TPU, this is {device.platform!r}")
+    for chip in CHIPS.values():
+        if chip.device_kind == device.device_kind:
+            return Target(chip)
+    raise NotImplementedError(
+        f"Mosaic TPU kernels know {', '.join(CHIPS)}, this is a {device.device_kind!r}"
+    )

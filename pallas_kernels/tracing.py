@@ -1,0 +1,50 @@
+"""How kernels are traced, on any device: 32-bit types, and arrays that do not vary over a mesh."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def in_32_bits[R](fn: Callable[..., R]) -> Callable[..., R]:
+    """Traces `fn` as if `jax_enable_x64` were off: kernels have 32-bit integers and no others.
+
+    64-bit integers among its positional arguments (documents, offsets, block ids) become 32-bit
+    ones before. A `custom_vjp` goes around it: its forward pass may be traced much later.
+    """
+
+    @functools.wraps(fn)
+    def traced(*args, **kwargs) -> R:
+        narrow = [_narrow(arg) for arg in args]
+        with jax.enable_x64(False):
+            return fn(*narrow, **kwargs)
+
+    return traced
+
+
+def _narrow(arg):
+    """A 64-bit integer array as int32; anything else as it is."""
+    if isinstance(arg, jax.Array) and arg.dtype in (jnp.int64, jnp.uint64):
+        return arg.astype(jnp.int32)
+    return arg
+
+
+def refuse_varying(*args: object) -> None:
+    """Refuses arrays that a `shard_map` with `check_vma=True` types as varying over mesh axes.
+
+    The types of what kernels read and return would not say so: their bodies do not trace, and a
+    gradient would be summed over the mesh.
+
+    Raises:
+      NotImplementedError: one of the arguments is such an array.
+    """
+    varying: set[str] = set()
+    for arg in args:
+        if isinstance(arg, jax.Array):
+            varying |= {str(axis) for axis in jax.typeof(arg).manual_axis_type.varying}
+    if varying:
+        raise NotImplementedError(
+            "kernels do not run in a shard_map that checks what varies over mesh axes "
+            f"(here {', '.join(sorted(varying))}); pass check_vma=False to jax.shard_map"
+        )
