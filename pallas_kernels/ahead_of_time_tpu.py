@@ -10,13 +10,15 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from pallas_kernels.mosaic_tpu import CHIPS, Target, traced_for
 
-# Read by libtpu when it loads: it is not to look for a TPU, nor for the machine that would hold one.
+# Read by libtpu when it loads: it is not to look for a TPU, nor for the machine that would hold one,
+# and other processes may load it too, since none of them takes a TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
@@ -37,9 +39,13 @@ def lower_for_tpu(fn: Callable, *args: Any, chip: str) -> jax.stages.Lowered:
       *args: pytrees of shapes and dtypes.
       chip: a key of `CHIPS`.
     """
-    sharding = SingleDeviceSharding(tpu_devices(CHIPS[chip].topology)[0])
+    device = tpu_devices(CHIPS[chip].topology)[0]
+    sharding = SingleDeviceSharding(device)
+    # Some operations are lowered by what the chip has, which jax asks the mesh in place of a device.
+    kind = AbstractDevice(device.device_kind, CHIPS[chip].num_cores, device.platform)
+    anywhere = AbstractMesh((), (), abstract_device=kind)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with traced_for(Target(CHIPS[chip])):
+    with traced_for(Target(CHIPS[chip])), use_abstract_mesh(anywhere):
         return jax.jit(fn).lower(*placed)
 
 
