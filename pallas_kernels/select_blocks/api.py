@@ -16,7 +16,7 @@ from pallas_kernels.checks import (
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.select_blocks import mosaic_gpu, patterns, reference, triton
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import shard_over_batch_and_heads
+from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 POOLINGS = ("max", "lse", "mean")
 INDEX_PRECISIONS = ("native", "int8")
@@ -98,7 +98,7 @@ def select_blocks(
         )
         return (ids,)
 
-    sharded = shard_over_batch_and_heads(local, ("b.h.", "b..", "b.", "b"), ("bh..",))
+    sharded = shard_over_batch_heads_and_queries(local, ("bqh.", "b..", "b.", "o"), ("bhq.",))
     detached = jax.lax.stop_gradient((index_q, index_k))
     (block_ids,) = sharded(*detached, segment_ids, query_offset)
     return BlockSelection(block_ids, block_size)
@@ -158,7 +158,7 @@ def select_pattern(
         )
         return (ids,)
 
-    sharded = shard_over_batch_and_heads(local, ("b.h.", "b.h.", "h", "b.", "b"), ("bh..",))
+    sharded = shard_over_batch_heads_and_queries(local, ("bqh.", "b.h.", "h", "b.", "o"), ("bhq.",))
     groups = jnp.arange(k.shape[2], dtype=jnp.int32)
     (block_ids,) = sharded(*jax.lax.stop_gradient((q, k)), groups, segment_ids, query_offset)
     return BlockSelection(block_ids, block_size)
@@ -186,5 +186,5 @@ def main_block_mass(
     def local(*arrays):
         return (reference.main_block_mass(*arrays, block_size=block_size, scale=scale),)
 
-    sharded = shard_over_batch_and_heads(local, ("b.h.", "b.h.", "b.", "b"), ("bh..",))
+    sharded = shard_over_batch_heads_and_queries(local, ("bqh.", "b.h.", "b.", "o"), ("bhq.",))
     return sharded(q, k, segment_ids, query_offset)[0]

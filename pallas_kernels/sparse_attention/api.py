@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.checks import check_heads, check_segments, check_selection, check_slots
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import shard_over_batch_and_heads
+from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 from pallas_kernels.sparse_attention import mosaic_gpu, reference, triton
 
 # Triton comes behind what always serves, for its kernels have not run on a GPU yet: by name only.
@@ -65,6 +65,6 @@ def sparse_attention(
     def local(*arrays):
         return run(*arrays, block_size=selection.block_size, scale=scale)
 
-    layouts = ("b.h.", "b.h.", "b.h.", "bh..", "b.", "b")
-    sharded = shard_over_batch_and_heads(local, layouts, ("b.h.", "bh."))
+    layouts = ("bqh.", "b.h.", "b.h.", "bhq.", "b.", "o")
+    sharded = shard_over_batch_heads_and_queries(local, layouts, ("bqh.", "bhq"))
     return sharded(q, k, v, selection.block_ids, segment_ids, query_offset)
