@@ -108,7 +108,7 @@ def results_at(op, x, offset):
 
 
 def test_queries_that_are_not_split_keep_their_offset():
-    """References cut a known one into causal ranges, which a mesh axis of one device is no bar to."""
+    """References cut a known one into causal ranges, on a mesh axis of one device too."""
 
     def local(x, offset):
         assert offset == 3
