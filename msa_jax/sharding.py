@@ -105,7 +105,8 @@ def make_mesh(
     """An explicit mesh over all devices.
 
     Args:
-      sizes: devices per axis of `MESH_AXES`; one may be -1 for all that remain.
+      sizes: devices per axis of `MESH_AXES`; one may be -1 for all that remain, and those left
+        out have one.
       devices: all of them by default.
 
     Raises:
@@ -114,7 +115,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     known = math.prod(size for size in sizes.values() if size != -1)
     rest, remainder = divmod(len(devices), known)
-    resolved = {axis: rest if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
+    resolved = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    resolved = {axis: rest if size == -1 else size for axis, size in resolved.items()}
     if remainder or math.prod(resolved.values()) != len(devices):
         raise ConfigError(
             f"mesh={dict(sizes)}: does not divide the {len(devices)} devices there are; set one "

@@ -1,0 +1,123 @@
+"""Every op in its `shard_map`, compiled for slices of TPUs: what a default call runs as there.
+
+Batch rows, heads and queries are split. What the ops compute on a mesh is compared elsewhere.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import (
+    dense_attention,
+    index_kl,
+    main_block_mass,
+    select_blocks,
+    select_pattern,
+    sparse_attention,
+)
+from pallas_kernels.ahead_of_time_tpu import tpu_devices
+from pallas_kernels.mosaic_tpu import CHIPS, Target, traced_for
+
+# Topology, and its devices along data, tensor and context.
+SLICES = {"v5p": ("v5p:2x2x2", (2, 2, 2)), "v6e": ("v6e:2x2", (1, 2, 2))}
+BATCH, LENGTH, NUM_HEADS, NUM_KV_HEADS, DIM = 2, 512, 8, 2, 128
+BLOCKS = {"block_size": 128, "top_k": 2}
+SPLIT, INDEX_KEYS = P("data", "context", "tensor", None), P("data", "context", None)
+NUM_PAGES = 16
+
+
+@pytest.fixture(scope="module", params=SLICES)
+def compiled_on_a_slice(request):
+    """Compiles `fn` of (shape, spec, dtype) arrays for the slice."""
+    topology, sizes = SLICES[request.param]
+    devices = np.array(tpu_devices(topology)).reshape(sizes)
+    mesh = Mesh(devices, ("data", "tensor", "context"), axis_types=(AxisType.Explicit,) * 3)
+
+    def compile_on_it(fn, arrays):
+        arguments = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for name, (shape, spec, dtype) in arrays.items()
+        }
+        with jax.set_mesh(mesh), traced_for(Target(CHIPS[request.param])):
+            return jax.jit(fn).lower(arguments).compile(), mesh
+
+    return compile_on_it
+
+
+def layer(num_queries=LENGTH):
+    """The bfloat16 arrays of an MSA layer, as the training step places them."""
+    heads = {"q": NUM_HEADS, "k": NUM_KV_HEADS, "v": NUM_KV_HEADS, "index_q": NUM_KV_HEADS}
+    lengths = {"q": num_queries, "index_q": num_queries, "k": LENGTH, "v": LENGTH}
+    arrays = {
+        name: ((BATCH, lengths[name], number, DIM), SPLIT, jnp.bfloat16)
+        for name, number in heads.items()
+    }
+    segments = {"segment_ids": ((BATCH, LENGTH), P("data", "context"), jnp.int32)}
+    return arrays | segments | {"index_k": ((BATCH, LENGTH, DIM), INDEX_KEYS, jnp.bfloat16)}
+
+
+def test_training_ops_and_their_gradients(compiled_on_a_slice):
+    arrays = layer()
+    segments = {"segment_ids": arrays.pop("segment_ids")}
+
+    def loss(x, segment_ids):
+        place = {"segment_ids": segment_ids}
+        index = x["index_q"], x["index_k"]
+        selection = select_blocks(*index, **BLOCKS, **place)
+        o, lse = sparse_attention(x["q"], x["k"], x["v"], selection, **place)
+        dense = dense_attention(x["q"], x["k"], x["v"], **place)
+        kl, _ = index_kl(
+            x["q"], x["k"], *index, selection, main_lse=jax.lax.stop_gradient(lse), **place
+        )
+        return (o + dense).astype(jnp.float32).sum() + kl.sum()
+
+    def gradients(x):
+        segment_ids = x.pop("segment_ids")
+        return jax.grad(loss)(x, segment_ids)
+
+    compiled, mesh = compiled_on_a_slice(gradients, arrays | segments)
+    assert {name: s.spec for name, s in compiled.output_shardings.items()} == {
+        name: spec for name, (_, spec, _) in arrays.items()
+    }
+    # A device is given its share and no more.
+    shares = [
+        math.prod(NamedSharding(mesh, spec).shard_shape(shape)) * jnp.dtype(dtype).itemsize
+        for shape, spec, dtype in (arrays | segments).values()
+    ]
+    assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(sum(shares), rel=0.01)
+
+
+def test_ops_that_measure_selection(compiled_on_a_slice):
+    def run(x):
+        place = {"segment_ids": x["segment_ids"]}
+        oracle = select_pattern("oracle", x["q"], x["k"], **BLOCKS, **place)
+        return oracle.block_ids, main_block_mass(x["q"], x["k"], block_size=128, **place)
+
+    compiled, _ = compiled_on_a_slice(run, layer())
+    expected = P("data", "tensor", "context", None)
+    assert {sharding.spec for sharding in compiled.output_shardings} == {expected}
+
+
+def test_decoding_from_pages(compiled_on_a_slice):
+    """Eight new tokens per row, four on each device; pages of a device's heads, for all rows."""
+    arrays = {name: array for name, array in layer(8).items() if name in ("q", "index_q")} | {
+        "k": ((NUM_PAGES, NUM_KV_HEADS, 128, DIM), P(None, "tensor", None, None), jnp.bfloat16),
+        "v": ((NUM_PAGES, NUM_KV_HEADS, 128, DIM), P(None, "tensor", None, None), jnp.bfloat16),
+        "index_k": ((NUM_PAGES, 128, DIM), P(), jnp.bfloat16),
+        "page_table": ((BATCH, 8), P("data", None), jnp.int32),
+        "query_offset": ((BATCH,), P("data"), jnp.int32),
+    }
+
+    def run(x):
+        place = {name: x[name] for name in ("page_table", "query_offset")}
+        selection = select_blocks(x["index_q"], x["index_k"], **BLOCKS, **place)
+        return sparse_attention(x["q"], x["k"], x["v"], selection, **place)
+
+    compiled, _ = compiled_on_a_slice(run, arrays)
+    output, lse = (sharding.spec for sharding in compiled.output_shardings)
+    assert (output, lse) == (SPLIT, P("data", "tensor", "context"))
