@@ -1,0 +1,171 @@
+"""`sparse_attention` on a TPU: what its kernels serve, how it is cut up, its gradients."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_tpu import Target, current_target
+from pallas_kernels.residuals import named
+from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig, forward
+from pallas_kernels.sparse_attention.tile_lists import tile_lists
+from pallas_kernels.tracing import in_32_bits, refuse_varying
+from pallas_kernels.tuning import shape_bucket, tuned
+from pallas_kernels.visibility import visible_block_ids
+
+# Heads of a group are rows of a tile's matrix products.
+MAX_GROUP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseAttentionConfig:
+    """Tile sizes; None for the tuned ones.
+
+    Attributes:
+      forward: of the forward pass.
+    """
+
+    forward: TileConfig | None = None
+
+
+class _Options(NamedTuple):
+    """What is known while tracing."""
+
+    block_size: int
+    scale: float
+    config: SparseAttentionConfig
+    target: Target
+
+
+def sparse_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    block_ids: Int[Array, "B Hkv T K"],
+    segment_ids: Int[Array, "B S"] | None,
+    query_offset: Int[Array, "B"] | int,
+    *,
+    block_size: int,
+    scale: float,
+    config: SparseAttentionConfig | None = None,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
+    """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
+
+    Args:
+      q: bfloat16 or float32, of head_dim 64 or 128.
+      k: keys, at most 64 query heads each.
+      v: values.
+      block_ids: any number per query.
+      segment_ids: document of each key slot, 0 for padding; None for one document per row.
+      query_offset: the key slot of the first query, per row or for all.
+      block_size: 64 or 128.
+      scale: of the scores, positive.
+      config: tile sizes.
+
+    Raises:
+      NotImplementedError: no TPU, or arguments other than the above.
+    """
+    target = current_target()
+    refuse_varying(q, k, v, block_ids, segment_ids, query_offset)
+    check_served(q, k, v, block_size, scale)
+    options = _Options(block_size, float(scale), config or SparseAttentionConfig(), target)
+    offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), q.shape[:1])
+    return _attention(options, q, k, v, block_ids, segment_ids, offsets)
+
+
+def check_served(q, k, v, block_size: int, scale: float) -> None:
+    """Raises NotImplementedError for what the kernels are not written for."""
+    dtypes = {array.dtype.name for array in (q, k, v)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
+        raise NotImplementedError(
+            f"the kernels take q, k and v all in bfloat16 or all in float32, not {q.dtype}, "
+            f"{k.dtype} and {v.dtype}"
+        )
+    if q.shape[3] not in (64, 128):
+        raise NotImplementedError(f"the kernels take a head_dim of 64 or 128, not {q.shape[3]}")
+    if block_size not in (64, 128):
+        raise NotImplementedError(f"the kernels take a block_size of 64 or 128, not {block_size}")
+    if q.shape[2] // k.shape[2] > MAX_GROUP:
+        raise NotImplementedError(
+            f"the kernels take at most {MAX_GROUP} query heads per KV head, not "
+            f"{q.shape[2] // k.shape[2]}"
+        )
+    if not scale > 0:
+        raise NotImplementedError(f"the kernels take a positive scale, not {scale}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options: _Options, q, k, v, block_ids, segment_ids, offsets):
+    return _forward(options, q, k, v, block_ids, segment_ids, offsets)[0]
+
+
+@in_32_bits
+def _forward(options: _Options, q, k, v, block_ids, segment_ids, offsets):
+    """Results, and what the backward pass needs."""
+    num_queries, groups = q.shape[1], k.shape[2]
+    block_size = options.block_size
+    config = options.config.forward or _tuned(options, q, k)
+    ids = visible_block_ids(block_ids, segment_ids, offsets, block_size)
+    tile = config.queries * options.target.chip.num_cores
+    queries = by_group(padded(q, tile), groups)
+    keys, values = (by_block(array, block_size) for array in (k, v))
+    lists = tile_lists(
+        ids,
+        offsets,
+        queries=config.queries,
+        num_tiles=queries.shape[2] // config.queries,
+        num_blocks=-(-k.shape[1] // block_size),
+    )
+    o, lse = forward(
+        queries, keys, values, lists, scale=options.scale, config=config, target=options.target
+    )
+    heads = q.shape[0], q.shape[2], -1
+    o = o.reshape(*heads, q.shape[3]).swapaxes(1, 2)[:, :num_queries]
+    o, lse = named(o, lse.reshape(heads)[:, :, :num_queries])
+    return (o, lse), (q, k, v, block_ids, segment_ids, offsets, o, lse)
+
+
+def _backward(options: _Options, kept, cotangents):
+    q, k, v, block_ids, segment_ids, offsets, *_ = kept
+
+    def attend(q, k, v):
+        place = block_ids, segment_ids, offsets
+        sizes = {"block_size": options.block_size, "scale": options.scale}
+        return reference.sparse_attention(q, k, v, *place, **sizes)
+
+    return *jax.vjp(attend, q, k, v)[1](cotangents), None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def by_group(q: Float[Array, "B T Hq D"], groups: int) -> Float[Array, "rows G T D"]:
+    """Per batch row and group the heads of all queries: a head's queries lie side by side."""
+    batch, num_queries, heads, head_dim = q.shape
+    return q.swapaxes(1, 2).reshape(batch * groups, heads // groups, num_queries, head_dim)
+
+
+def by_block(k: Float[Array, "B S Hkv D"], block_size: int) -> Float[Array, "pages Bk D"]:
+    """Blocks of one head each, by batch row, then head: what one copy fetches."""
+    k = padded(k, block_size)
+    return k.swapaxes(1, 2).reshape(-1, block_size, k.shape[3])
+
+
+def padded(array: Array, multiple: int) -> Array:
+    """Zeros behind axis 1 up to a multiple."""
+    widths = [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2)
+    return jnp.pad(array, widths)
+
+
+def _tuned(options: _Options, q, k) -> TileConfig:
+    """The tuned tile sizes of the forward pass."""
+    bucket = shape_bucket(
+        q.shape[1], G=q.shape[2] // k.shape[2], D=q.shape[3], Bk=options.block_size
+    )
+    kind = options.target.chip.device_kind
+    place = {"device_kind": kind, "dtype": q.dtype.name, "bucket": bucket}
+    return tuned("sparse_attention.tpu_forward", TileConfig(), **place)

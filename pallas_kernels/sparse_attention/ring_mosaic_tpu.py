@@ -1,0 +1,151 @@
+"""A ring of buffers through which the key blocks of one tile after another arrive from HBM.
+
+The blocks that a tile needs are known from its list, so that copies run ahead of the computation,
+across the border to the next tile: a tile is short (some microseconds), and a copy takes about one
+until its first byte is there.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.sparse_attention.tile_lists import COUNT, PAGE, SCALARS
+
+# What the ring remembers from one tile to the next: the slot of the tile's first step, and how many
+# of its steps were started already.
+FIRST_SLOT, STARTED = range(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Steps of `blocks_per_step` blocks each; in the body of a kernel.
+
+    Attributes:
+      now: [1, NUM_ROWS, L], the list of this tile, in scalar memory.
+      after: the list of the tile that comes next on this core.
+      has_next: whether there is one.
+      sources: arrays in HBM, [pages, Bk, D].
+      buffers: for each source [depth, blocks_per_step * Bk, D]; depth is a power of two.
+      semaphores: [sources, depth].
+      state: [2] in scalar memory.
+      zeroed: the sources that are filled up with zeros where a step has no block: what is multiplied
+        by a weight of 0 must be finite.
+    """
+
+    now: Any
+    after: Any
+    has_next: jax.Array
+    sources: tuple[Any, ...]
+    buffers: tuple[Any, ...]
+    semaphores: Any
+    state: Any
+    zeroed: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return self.buffers[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.sources[0].shape[1]
+
+    @property
+    def blocks_per_step(self) -> int:
+        return self.buffers[0].shape[1] // self.block_size
+
+    def num_steps(self, tile: Any) -> jax.Array:
+        """Steps of a tile's list."""
+        count = tile[0, SCALARS, COUNT] + self.blocks_per_step - 1
+        return jax.lax.div(count, self.blocks_per_step)
+
+    def slot(self, step: jax.Array | int) -> jax.Array:
+        """The buffer that a step of this tile arrives in."""
+        return jax.lax.rem(self.state[FIRST_SLOT] + step, self.depth)
+
+    def reset(self) -> None:
+        """Before the first tile of a core."""
+        self.state[FIRST_SLOT] = 0
+        self.state[STARTED] = 0
+
+    def fill(self) -> None:
+        """Starts a tile's first copies, those that the tile before it did not."""
+        stop = jnp.minimum(self.depth - 1, self._num_known())
+        jax.lax.fori_loop(self.state[STARTED], stop, lambda step, _: self._start(step), None)
+
+    def advance(self, step: jax.Array | int) -> None:
+        """Starts the copies furthest ahead, into the buffer that the step before this one left."""
+        ahead = step + self.depth - 1
+        pl.when(ahead < self._num_known())(lambda: self._start(ahead))
+
+    def finish(self) -> None:
+        """Hands over to the next tile."""
+        steps = self.num_steps(self.now)
+        started = jnp.minimum(steps + self.depth - 1, self._num_known()) - steps
+        self.state[FIRST_SLOT] = self.slot(steps)
+        self.state[STARTED] = started
+
+    def wait(self, step: jax.Array | int) -> None:
+        """Until a step's blocks are there; nothing is scheduled across it."""
+        first = step * self.blocks_per_step
+        count = self.now[0, SCALARS, COUNT]
+        slot = self.slot(step)
+        whole = first + self.blocks_per_step <= count
+
+        # A wait takes as long as dozens of products: one for all copies of a source.
+        @pl.when(whole)
+        def _():
+            for source, buffer in enumerate(self.buffers):
+                everything = buffer.at[slot]
+                pltpu.make_async_copy(
+                    everything, everything, self.semaphores.at[source, slot]
+                ).wait()
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            for place in range(self.blocks_per_step):
+
+                @pl.when(first + place < count)
+                def _(place=place):
+                    for source in range(len(self.sources)):
+                        self._copy(source, slot, place, 0).wait()
+
+    def _num_known(self) -> jax.Array:
+        """Steps of this tile and the next."""
+        after = jnp.where(self.has_next, self.num_steps(self.after), 0)
+        return self.num_steps(self.now) + after
+
+    def _start(self, step: jax.Array | int) -> None:
+        """Starts the copies of a step, counted from this tile's first one on into the next tile."""
+        steps = self.num_steps(self.now)
+        mine = step < steps
+        first = jnp.where(mine, step, step - steps) * self.blocks_per_step
+        count = jnp.where(mine, self.now[0, SCALARS, COUNT], self.after[0, SCALARS, COUNT])
+        slot = self.slot(step)
+        for place in range(self.blocks_per_step):
+            entry = first + place
+            there = entry < count
+            entry = jnp.where(there, entry, 0)
+            page = jnp.where(mine, self.now[0, PAGE, entry], self.after[0, PAGE, entry])
+
+            @pl.when(there)
+            def _(place=place, page=page):
+                for source in range(len(self.sources)):
+                    self._copy(source, slot, place, page).start()
+
+            @pl.when(jnp.logical_not(there))
+            def _(place=place):
+                for source in self.zeroed:
+                    part = self.buffers[source].at[
+                        slot, pl.ds(place * self.block_size, self.block_size)
+                    ]
+                    part[...] = jnp.zeros(part.shape, part.dtype)
+
+    def _copy(self, source: int, slot: jax.Array, place: int, page: Any):
+        part = self.buffers[source].at[slot, pl.ds(place * self.block_size, self.block_size)]
+        return pltpu.make_async_copy(
+            self.sources[source].at[page], part, self.semaphores.at[source, slot]
+        )
