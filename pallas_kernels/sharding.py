@@ -32,8 +32,8 @@ def shard_over_batch_heads_and_queries[R](
       out_layouts: the same for the results; `fn` returns a tuple of that length.
 
     Raises:
-      ValueError: from the call, if the mesh axes do not divide an argument's batch, heads or
-        queries.
+      ValueError: from the call, if the mesh axes do not divide an argument's batch or heads. They
+        divide the first argument, queries among them: jax places no array that they do not.
     """
 
     def run(*args):
@@ -83,7 +83,7 @@ def _check(array: jax.Array, spec: PartitionSpec, layout: str, mesh) -> None:
     for size, names, letter in zip(array.shape, spec, layout, strict=True):
         parts = _num_devices(mesh, names)
         if size % parts:
-            what = {"b": "batch", "o": "batch", "h": "KV heads", "q": "queries"}[letter]
+            what = {"b": "batch", "o": "batch", "h": "KV heads"}[letter]
             raise ValueError(
                 f"{what}={size} is not divisible by the {parts} devices of mesh axes "
                 f"{_names(names)}; choose a smaller mesh axis"
