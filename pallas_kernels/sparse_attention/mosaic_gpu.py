@@ -52,6 +52,7 @@ class SparseAttentionConfig:
       max_union: with "auto", union tiles run if the mean number of distinct blocks over the queries
         of a warpgroup is at most so many times the mean number of blocks of a query.
       backward: the backward pass's shape, which all schemes share; what it leaves open is tuned.
+        The forward pass of a gradient takes twice its `partial_bytes` at most.
     """
 
     scheme: str = "auto"
@@ -212,6 +213,12 @@ def _place_in_table(q, k, block_size: int) -> dict[str, str]:
 
 
 def _forward(options: _Options, *arrays):
+    # Beside what a layer keeps to be differentiated, partial results have less room.
+    config = options.config
+    outer = config.kv_outer or KVOuterConfig()
+    room = min(outer.partial_bytes, 2 * config.backward.partial_bytes)
+    outer = dataclasses.replace(outer, partial_bytes=room)
+    options = options._replace(config=dataclasses.replace(config, kv_outer=outer))
     results = named(*_attention(options, *arrays))
     return results, (*arrays, *results)
 
