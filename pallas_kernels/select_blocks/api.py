@@ -14,7 +14,7 @@ from pallas_kernels.checks import (
     check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.select_blocks import mosaic_gpu, patterns, reference, triton
+from pallas_kernels.select_blocks import mosaic_gpu, mosaic_tpu, patterns, reference, triton
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_and_heads
 
@@ -22,6 +22,7 @@ POOLINGS = ("max", "lse", "mean")
 INDEX_PRECISIONS = ("native", "int8")
 # Triton comes behind what always serves, for its kernels have not run on a GPU yet: by name only.
 IMPLEMENTATIONS = {
+    "mosaic_tpu": mosaic_tpu.select_blocks,
     "mosaic_gpu": mosaic_gpu.select_blocks,
     "reference": reference.select_blocks,
     "triton": triton.select_blocks,
