@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int, Shaped
 from pallas_kernels.mosaic_tpu import LANES, SUBLANES, Chip, current_target
 from pallas_kernels.select_blocks.quantization import quantize_keys, quantize_queries
 from pallas_kernels.select_blocks.select_mosaic_tpu import (
+    Keys,
     Options,
-    Scales,
     SelectConfig,
+    Tiles,
     select_tiles,
 )
 from pallas_kernels.tracing import in_32_bits, refuse_varying
@@ -63,27 +64,29 @@ def select_blocks(
     batch, num_queries, num_heads, _ = index_q.shape
     own, first = _places(segment_ids, query_offset, index_q, index_k.shape[1], block_size)
     own = cut.tiles(jnp.repeat(own, num_heads, axis=1), -1)
-    first = cut.tiles(jnp.repeat(first, num_heads, axis=1), _NEVER)
-    scales = None
+    if first is not None:
+        first = cut.tiles(jnp.repeat(first, num_heads, axis=1), _NEVER)
+    query_scales = key_scales = None
     if index_precision == "int8":
         index_q, query_scales = quantize_queries(index_q)
         index_k, key_scales = quantize_keys(index_k, block_size)
         behind = cut.num_blocks - key_scales.shape[1]
-        key_scales = jnp.pad(key_scales, ((0, 0), (0, behind)))[..., None]
-        query_scales = cut.tiles(query_scales.reshape(batch, -1), 0)
-        scales = Scales(query_scales[:, None], key_scales)
+        key_scales = _padded(key_scales, 1, behind)[..., None]
+        query_scales = cut.tiles(query_scales.reshape(batch, -1))[:, None]
     index_q, index_k = (
         _padded(array, -1, -array.shape[-1] % INDEX_DIMS) for array in (index_q, index_k)
     )
     if block_size * index_k.dtype.itemsize % TILE_BYTES:
         index_k = _padded(index_k, 1, -index_k.shape[1] % cut.chunk)
     ids = select_tiles(
-        cut.tiles(index_q.reshape(batch, num_queries * num_heads, -1), 0),
-        index_k,
-        own[:, None],
-        first[:, None],
-        cut.ranges(own, first)[:, None],
-        scales,
+        Tiles(
+            queries=cut.tiles(index_q.reshape(batch, num_queries * num_heads, -1)),
+            own=own[:, None],
+            first=None if first is None else first[:, None],
+            ranges=cut.ranges(own, first)[:, None],
+            query_scales=query_scales,
+        ),
+        Keys(index_k, key_scales),
         options=Options(block_size, top_k, num_local_blocks, num_sink_blocks, float(scale)),
         config=config,
         chunk=cut.chunk,
@@ -152,16 +155,16 @@ class _Cut:
     chunk: int
     num_blocks: int
 
-    def tiles(self, array: Shaped[Array, "B R *rest"], fill) -> Shaped[Array, "tiles rows *rest"]:
+    def tiles(self, array: Shaped[Array, "B R *rest"], fill=0) -> Shaped[Array, "tiles rows *rest"]:
         """Cuts up what there is one of per row; `fill` for rows that there are not."""
         behind = self.tiles_per_row * self.rows - array.shape[1]
         array = _padded(array, 1, behind, fill).reshape(-1, self.rows, *array.shape[2:])
         return _padded(array, 0, -len(array) % self.cores, fill)
 
-    def ranges(self, own: Int[Array, "tiles rows"], first: Int[Array, "tiles rows"]):
+    def ranges(self, own: Int[Array, "tiles rows"], first: Int[Array, "tiles rows"] | None):
         """`select_tiles`'s ranges [tiles, 4]."""
         last = own.max(1)
-        first = jnp.minimum(first.min(1), jnp.maximum(last, 0))
+        first = 0 * last if first is None else jnp.minimum(first.min(1), jnp.maximum(last, 0))
         # Past blocks only: the own one needs no score, but is a candidate.
         first_chunk = first * self.block_size // self.chunk
         end_chunk = -(-last * self.block_size // self.chunk)
@@ -196,11 +199,11 @@ def _cut(index_q, index_k, block_size: int, chip: Chip, config: SelectConfig) ->
 
 
 def _places(segment_ids, query_offset, index_q, num_keys: int, block_size: int):
-    """Each query's own block, -1 for padding, and the first of its document, both [B, T]."""
+    """Each query's own block, -1 for padding, and the first of its document (None: 0), [B, T]."""
     slots = query_slots(*index_q.shape[:2], query_offset)
     own = jnp.minimum(slots, num_keys - 1) // block_size
     if segment_ids is None:
-        return own, jnp.zeros_like(own)
+        return own, None
     real = segments_at(segment_ids, slots) > 0
     first = segments_at(document_starts(segment_ids), slots) // block_size
     return jnp.where(real, own, -1), jnp.where(real, first, _NEVER)

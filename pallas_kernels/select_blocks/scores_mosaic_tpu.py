@@ -6,6 +6,7 @@ register's 8 sublanes once per block. Only those maxima are kept, in VMEM.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import SUBLANES
+
+# Stands for the maximum of a block with a NaN; an overflow counts as the largest number.
+SPOILT = jnp.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,7 @@ class KeyCopies:
 
 
 def score_chunk(keys_ref, queries_ref, scores_ref, first_block, *, block_size: int) -> None:
-    """Writes the maxima over the blocks of one chunk of keys.
+    """Writes the maxima over the blocks of one chunk of keys, `SPOILT` for those with a NaN.
 
     Args:
       keys_ref: [chunk, Di].
@@ -99,18 +103,21 @@ def score_chunk(keys_ref, queries_ref, scores_ref, first_block, *, block_size: i
     for number in range(keys_ref.shape[0] // group):
         start = pl.multiple_of(first_block + number * SUBLANES, SUBLANES)
         keys = keys_ref[pl.ds(number * group, group), :]
-        scores_ref[pl.ds(start, SUBLANES), :] = _block_maxima(keys, queries_ref[...], block_size)
+        scores_ref[pl.ds(start, SUBLANES), :] = _block_maxima(keys, queries_ref[...])
 
 
-def _block_maxima(keys, queries, block_size: int):
-    """[8, rows]: the maxima of keys @ queries over 8 blocks, NaN with a NaN among them."""
-    exact = keys.dtype == jnp.float32
-    products = lax.dot(
-        keys,
-        queries,
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.int32 if keys.dtype == jnp.int8 else jnp.float32,
-    )
+def _block_maxima(keys, queries):
+    """[8, rows]: the maxima of keys @ queries over 8 blocks, `SPOILT` with a NaN among them."""
+    if keys.dtype == jnp.int8:
+        products = lax.dot(keys, queries, preferred_element_type=jnp.int32)
+    else:
+        exact = lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
+        products = lax.dot(keys, queries, precision=exact, preferred_element_type=jnp.float32)
     # Registers first, the sublanes of one at last.
-    by_register = products.reshape(SUBLANES, block_size // SUBLANES, SUBLANES, -1).max(1)
-    return by_register.max(1).astype(jnp.float32)
+    products = products.reshape(SUBLANES, -1, SUBLANES, products.shape[1])
+    maxima = functools.reduce(jnp.maximum, [products[:, i] for i in range(products.shape[1])])
+    if keys.dtype != jnp.int8:
+        # A maximum of two keeps a NaN everywhere, a reduction as the platform likes.
+        maxima = jnp.minimum(maxima, jnp.finfo(jnp.float32).max)
+        maxima = jnp.where(jnp.isnan(maxima), SPOILT, maxima)
+    return maxima.max(1).astype(jnp.float32)

@@ -7,6 +7,7 @@ when it runs: a grid step for each chunk of them would pay for those that no que
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,21 +66,42 @@ class Options:
     scale: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    """Of 8-bit queries, [tiles, 1, rows], and of key blocks, [B, blocks, 1]."""
+class Tiles(NamedTuple):
+    """What there is per tile of rows, those of a batch row together.
 
-    queries: Float[Array, "tiles 1 rows"]
-    keys: Float[Array, "B blocks 1"]
+    There are as many tiles for each of the chip's cores, the last one empty if need be.
+
+    Attributes:
+      queries: [tiles, rows, Di].
+      own: each row's own block, -1 for a row that selects nothing.
+      first: the first block that it sees; None for 0.
+      ranges: the first chunk of keys, the number of chunks, and first and end of the groups of 8
+        blocks that the tile's rows see.
+      query_scales: of 8-bit queries.
+    """
+
+    queries: Shaped[Array, "tiles rows Di"]
+    own: Int[Array, "tiles 1 rows"]
+    first: Int[Array, "tiles 1 rows"] | None
+    ranges: Int[Array, "tiles 1 4"]
+    query_scales: Float[Array, "tiles 1 rows"] | None
+
+
+class Keys(NamedTuple):
+    """What there is per batch row.
+
+    Attributes:
+      keys: stay in HBM.
+      scales: of the blocks of 8-bit keys.
+    """
+
+    keys: Shaped[Array, "B S Di"]
+    scales: Float[Array, "B blocks 1"] | None
 
 
 def select_tiles(
-    queries: Shaped[Array, "tiles rows Di"],
-    keys: Shaped[Array, "B S Di"],
-    own: Int[Array, "tiles 1 rows"],
-    first: Int[Array, "tiles 1 rows"],
-    ranges: Int[Array, "tiles 1 4"],
-    scales: Scales | None,
+    tiles: Tiles,
+    keys: Keys,
     *,
     options: Options,
     config: SelectConfig,
@@ -90,66 +112,51 @@ def select_tiles(
     """The ids of the K best blocks of each row, ascending, then -1.
 
     Args:
-      queries: tiles of rows, those of a batch row together; as many tiles for each of the chip's
-        cores, the last one empty if need be.
-      keys: stay in HBM.
-      own: the row's own block, -1 for a row that selects nothing.
-      first: the first block that it sees.
-      ranges: per tile the first chunk of keys, the number of chunks, and first and end of the
-        groups of 8 blocks that its rows see.
-      scales: of 8-bit queries and keys.
+      tiles: queries and where they are.
+      keys: of the batch rows.
       options: the op's.
       config: ring and unrolling.
       chunk: keys per copy, a multiple of 8 blocks.
-      num_blocks: a multiple of 8 that holds every chunk and `config.unroll - 1` groups more.
+      num_blocks: a multiple of 8 that holds every chunk and `config.unroll - 1` groups more; key
+        scales are as many.
       tiles_per_row: tiles of one batch row.
     """
     target = current_target()
     cores = target.chip.num_cores
-    tiles, rows, index_dim = queries.shape
+    num_tiles, rows, index_dim = tiles.queries.shape
 
-    def of_tile(*shape, **memory):
-        """One tile's block of an array: neighbouring ones alternate between the cores."""
-        return pl.BlockSpec((1, *shape), lambda core, step: (step * cores + core, 0, 0), **memory)
+    def of_tile(array, **memory):
+        """Neighbouring tiles alternate between the cores."""
+        index = lambda core, step: (step * cores + core, 0, 0)  # noqa: E731
+        return None if array is None else pl.BlockSpec((1, *array.shape[1:]), index, **memory)
 
     def next_range(core, step):
-        return jnp.minimum((step + 1) * cores + core, tiles - 1), 0, 0
+        return jnp.minimum((step + 1) * cores + core, num_tiles - 1), 0, 0
 
-    smem = pltpu.SMEM
-    in_specs = [
-        of_tile(1, 4, memory_space=smem),
-        pl.BlockSpec((1, 1, 4), next_range, memory_space=smem),
-        of_tile(rows, index_dim),
-        pl.BlockSpec(memory_space=pl.ANY),
-        of_tile(1, rows),
-        of_tile(1, rows),
-    ]
-    arguments = [ranges, ranges, queries, keys, own, first]
-    if scales is not None:
-        last = keys.shape[0] - 1
+    def by_row(core, step):
+        return jnp.minimum((step * cores + core) // tiles_per_row, keys.keys.shape[0] - 1), 0, 0
 
-        def by_row(core, step):
-            return jnp.minimum((step * cores + core) // tiles_per_row, last), 0, 0
-
-        in_specs += [of_tile(1, rows), pl.BlockSpec((1, num_blocks, 1), by_row)]
-        arguments += [scales.queries, scales.keys]
+    ids = jax.ShapeDtypeStruct((num_tiles, options.top_k, rows), jnp.int32)
+    scales_spec = None if keys.scales is None else pl.BlockSpec((1, num_blocks, 1), by_row)
     return pl.pallas_call(
         functools.partial(
-            _select_tile,
-            options=options,
-            unroll=config.unroll,
-            tiles_per_row=tiles_per_row,
-            cores=cores,
+            _select_tile, options=options, unroll=config.unroll, tiles_per_row=tiles_per_row
         ),
-        grid=(cores, tiles // cores),
-        in_specs=in_specs,
-        out_specs=of_tile(options.top_k, rows),
-        out_shape=jax.ShapeDtypeStruct((tiles, options.top_k, rows), jnp.int32),
+        grid=(cores, num_tiles // cores),
+        in_specs=(
+            Tiles(*map(of_tile, tiles))._replace(
+                ranges=of_tile(tiles.ranges, memory_space=pltpu.SMEM)
+            ),
+            pl.BlockSpec((1, 1, 4), next_range, memory_space=pltpu.SMEM),
+            Keys(pl.BlockSpec(memory_space=pl.ANY), scales_spec),
+        ),
+        out_specs=of_tile(ids),
+        out_shape=ids,
         scratch_shapes=[
-            pltpu.VMEM((index_dim, rows), queries.dtype),
+            pltpu.VMEM((index_dim, rows), tiles.queries.dtype),
             pltpu.VMEM((num_blocks, rows), jnp.float32),
             pltpu.VMEM((options.top_k, rows), jnp.int32),
-            pltpu.VMEM((config.slots, chunk, index_dim), keys.dtype),
+            pltpu.VMEM((config.slots, chunk, index_dim), keys.keys.dtype),
             pltpu.SemaphoreType.DMA((config.slots,)),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -158,59 +165,37 @@ def select_tiles(
         ),
         interpret=target.interpret,
         name="select_blocks",
-    )(*arguments)
+    )(tiles, tiles.ranges, keys)
 
 
 def _select_tile(
-    range_ref,
+    tile,
     next_ref,
-    q_ref,
-    keys_ref,
-    own_ref,
-    first_ref,
-    *rest,
+    keys,
+    ids_ref,
+    queries_ref,
+    scores_ref,
+    chosen_ref,
+    buffers_ref,
+    semaphores,
+    *,
     options,
     unroll,
     tiles_per_row,
-    cores,
 ):
     """One tile: all scores that it sees, then the top-k, while the next tile's keys arrive."""
-    *scales, ids_ref, queries_ref, scores_ref, chosen_ref, buffers_ref, semaphores = rest
-    query_scales, key_scales = scales or (None, None)
-    step = pl.program_id(1)
-    tile = step * cores + pl.program_id(0)
-    row, next_row = lax.div(tile, tiles_per_row), lax.div(tile + cores, tiles_per_row)
-    copies = KeyCopies(keys_ref, buffers_ref, semaphores, options.block_size)
-    first_chunk, num_chunks = range_ref[0, 0, FIRST_CHUNK], range_ref[0, 0, NUM_CHUNKS]
-
-    @pl.when(step == 0)
-    def _():
-        copies.start_first(row, first_chunk, num_chunks)
-
-    queries_ref[...] = q_ref[0].T
-    blocks = buffers_ref.shape[1] // options.block_size
-
-    def score(number, _):
-        copies.start(row, first_chunk, number + copies.slots - 1, num_chunks)
-        chunk = copies.wait(row, first_chunk, number)
-        block = (first_chunk + number) * blocks
-        score_chunk(chunk, queries_ref, scores_ref, block, block_size=options.block_size)
-
-    lax.fori_loop(0, num_chunks, score, None)
-
-    @pl.when(step + 1 < pl.num_programs(1))
-    def _():
-        copies.start_first(next_row, next_ref[0, 0, FIRST_CHUNK], next_ref[0, 0, NUM_CHUNKS])
-
-    begin, end = range_ref[0, 0, FIRST_GROUP], range_ref[0, 0, END_GROUP]
+    copies = KeyCopies(keys.keys, buffers_ref, semaphores, options.block_size)
+    queries_ref[...] = tile.queries[0].T
+    _score(tile.ranges, next_ref, copies, queries_ref, scores_ref, tiles_per_row)
+    begin, end = tile.ranges[0, 0, FIRST_GROUP], tile.ranges[0, 0, END_GROUP]
     mark_candidates(
         scores_ref,
-        own_ref[0],
-        first_ref[0],
+        tile.own[0],
+        None if tile.first is None else tile.first[0],
         begin,
         end,
-        key_scales_ref=None if key_scales is None else key_scales.at[0],
-        query_scales=None if query_scales is None else query_scales[0],
+        key_scales_ref=None if keys.scales is None else keys.scales.at[0],
+        query_scales=None if tile.query_scales is None else tile.query_scales[0],
         scale=options.scale,
         num_local_blocks=options.num_local_blocks,
         num_sink_blocks=options.num_sink_blocks,
@@ -218,3 +203,28 @@ def _select_tile(
     )
     choose(scores_ref, chosen_ref, begin, end, unroll=unroll)
     write_ascending(chosen_ref, ids_ref.at[0])
+
+
+def _score(range_ref, next_ref, copies, queries_ref, scores_ref, tiles_per_row: int) -> None:
+    """Block maxima of the keys that a tile sees; leaves the next tile's first keys on their way."""
+    core, step = pl.program_id(0), pl.program_id(1)
+    tile = step * pl.num_programs(0) + core
+    row = lax.div(tile, tiles_per_row)
+    first_chunk, num_chunks = range_ref[0, 0, FIRST_CHUNK], range_ref[0, 0, NUM_CHUNKS]
+
+    @pl.when(step == 0)
+    def _():
+        copies.start_first(row, first_chunk, num_chunks)
+
+    def score(number, _):
+        copies.start(row, first_chunk, number + copies.slots - 1, num_chunks)
+        chunk_ref = copies.wait(row, first_chunk, number)
+        first_block = (first_chunk + number) * (chunk_ref.shape[0] // copies.block_size)
+        score_chunk(chunk_ref, queries_ref, scores_ref, first_block, block_size=copies.block_size)
+
+    lax.fori_loop(0, num_chunks, score, None)
+
+    @pl.when(step + 1 < pl.num_programs(1))
+    def _():
+        next_row = lax.div(tile + pl.num_programs(0), tiles_per_row)
+        copies.start_first(next_row, next_ref[0, 0, FIRST_CHUNK], next_ref[0, 0, NUM_CHUNKS])

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_tpu import SUBLANES
+from pallas_kernels.select_blocks.scores_mosaic_tpu import SPOILT
 
 # Behind every block id.
 ABSENT = jnp.iinfo(jnp.int32).max
@@ -34,7 +35,7 @@ def mark_candidates(
     Args:
       scores_ref: [N, rows] float32 maxima of the products.
       own: [1, rows] each row's own block, -1 for rows that select nothing.
-      first: [1, rows] the first block that it sees.
+      first: [1, rows] the first block that it sees; None for 0.
       begin: the first group of 8 blocks.
       end: the end of the groups.
       key_scales_ref: [N, 1] of 8-bit keys, or None.
@@ -45,19 +46,24 @@ def mark_candidates(
       unroll: groups at once.
     """
     sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, own.shape[1]), 0)
-    local, sink = own - num_local_blocks, first + num_sink_blocks
+    local = own - num_local_blocks
+    sink = num_sink_blocks if first is None else first + num_sink_blocks
 
     def mark(group):
         rows = _rows(group)
         score = scores_ref[rows, :]
+        score = jnp.where(score == SPOILT, -jnp.inf, score)
         if key_scales_ref is not None:
             score = score * key_scales_ref[rows, :] * query_scales
+            score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # of a NaN among keys or queries
         score = score * scale
         block = sublane + group * SUBLANES
-        score = jnp.where(jnp.isnan(score), -jnp.inf, score)
         score = jnp.minimum(score, jnp.finfo(jnp.float32).max)  # an overflow is not forced
         score = jnp.where((block > local) | (block < sink), jnp.inf, score)
-        scores_ref[rows, :] = jnp.where((block <= own) & (block >= first), score, -jnp.inf)
+        seen = block <= own
+        if first is not None:
+            seen &= block >= first
+        scores_ref[rows, :] = jnp.where(seen, score, -jnp.inf)
 
     _each_group(begin, end, unroll, lambda group, _: mark(group), None)
 
