@@ -38,7 +38,7 @@ _NEVER = 2**30
 @in_32_bits
 def select_blocks(
     index_q: Float[Array, "B T Hkv Di"],
-    index_k: Float[Array, "B S Di"],
+    index_k: Float[Array, "B S Di"] | Float[Array, "P Bk Di"],
     segment_ids: Int[Array, "B S"] | None,
     query_offset: Int[Array, "B"] | int,
     *,
@@ -49,35 +49,32 @@ def select_blocks(
     pooling: str,
     scale: float,
     index_precision: str = "native",
+    page_table: Int[Array, "B N"] | None = None,
     config: SelectConfig | None = None,
 ) -> Int[Array, "B Hkv T K"]:
     """The ids of the K best blocks per query and group, ascending, then -1.
+
+    With a `page_table`, index keys are pages of a block each, and it says which page holds a block.
 
     Raises:
       NotImplementedError: no TPU, or what the kernel does not serve, with the reason.
     """
     chip = current_target().chip
     refuse_varying(index_q, index_k, segment_ids, query_offset)
-    _refuse(index_q, chip, block_size, top_k, pooling, scale, index_precision)
+    _refuse(index_q, chip, block_size, top_k, pooling, scale, index_precision, page_table)
     config = config or _tuned(index_q, chip, block_size, index_precision)
-    cut = _cut(index_q, index_k, block_size, chip, config)
+    num_keys = index_k.shape[1] if page_table is None else page_table.shape[1] * block_size
+    cut = _cut(index_q, num_keys, block_size, chip, config)
     batch, num_queries, num_heads, _ = index_q.shape
-    own, first = _places(segment_ids, query_offset, index_q, index_k.shape[1], block_size)
+    own, first = _places(segment_ids, query_offset, index_q, num_keys, block_size)
     own = cut.tiles(jnp.repeat(own, num_heads, axis=1), -1)
     if first is not None:
         first = cut.tiles(jnp.repeat(first, num_heads, axis=1), _NEVER)
-    query_scales = key_scales = None
+    query_scales = None
     if index_precision == "int8":
         index_q, query_scales = quantize_queries(index_q)
-        index_k, key_scales = quantize_keys(index_k, block_size)
-        behind = cut.num_blocks - key_scales.shape[1]
-        key_scales = _padded(key_scales, 1, behind)[..., None]
         query_scales = cut.tiles(query_scales.reshape(batch, -1))[:, None]
-    index_q, index_k = (
-        _padded(array, -1, -array.shape[-1] % INDEX_DIMS) for array in (index_q, index_k)
-    )
-    if block_size * index_k.dtype.itemsize % TILE_BYTES:
-        index_k = _padded(index_k, 1, -index_k.shape[1] % cut.chunk)
+    index_q = _padded(index_q, -1, -index_q.shape[-1] % INDEX_DIMS)
     ids = select_tiles(
         Tiles(
             queries=cut.tiles(index_q.reshape(batch, num_queries * num_heads, -1)),
@@ -86,7 +83,7 @@ def select_blocks(
             ranges=cut.ranges(own, first)[:, None],
             query_scales=query_scales,
         ),
-        Keys(index_k, key_scales),
+        _keys(index_k, page_table, cut, index_precision),
         options=Options(block_size, top_k, num_local_blocks, num_sink_blocks, float(scale)),
         config=config,
         chunk=cut.chunk,
@@ -98,10 +95,29 @@ def select_blocks(
     return ids.reshape(batch, num_queries, num_heads, top_k).swapaxes(1, 2)
 
 
-def _refuse(index_q, chip, block_size, top_k, pooling, scale, index_precision) -> None:
+def _keys(index_k, page_table, cut: "_Cut", index_precision: str) -> Keys:
+    """The keys as the kernel takes them."""
+    scales = None
+    if index_precision == "int8":
+        index_k, scales = quantize_keys(index_k, cut.block_size)
+        if page_table is not None:
+            scales = jnp.take(scales[:, 0], page_table, mode="clip")
+        scales = _padded(scales, 1, cut.num_blocks - scales.shape[1])[..., None]
+    index_k = _padded(index_k, -1, -index_k.shape[-1] % INDEX_DIMS)
+    if page_table is not None:
+        # A block behind those in use has any page, or none.
+        pages = jnp.clip(page_table.astype(jnp.int32), 0, index_k.shape[0] - 1)
+        return Keys(index_k, scales, _padded(pages, 1, cut.num_blocks - pages.shape[1])[:, None])
+    if cut.block_size * index_k.dtype.itemsize % TILE_BYTES:
+        index_k = _padded(index_k, 1, -index_k.shape[1] % cut.chunk)
+    return Keys(index_k, scales, None)
+
+
+def _refuse(index_q, chip, block_size, top_k, pooling, scale, index_precision, page_table) -> None:
     """Raises NotImplementedError with the first reason that the kernel cannot serve a call."""
     integers = index_precision == "int8"
     index_dim = index_q.shape[3]
+    bytes_per_element = 1 if integers else index_q.dtype.itemsize
     served = {
         f"pooling={pooling!r}: the kernel takes maxima": pooling == "max",
         f"{index_q.dtype} index queries: the kernel takes bfloat16 and float32": (
@@ -109,6 +125,9 @@ def _refuse(index_q, chip, block_size, top_k, pooling, scale, index_precision) -
         ),
         f"index_precision='int8': the MXU of a {chip.name} has no 8-bit integers": (
             not integers or chip.int8_ops > 0
+        ),
+        f"pages of {block_size} keys: the kernel copies them as whole tiles of memory": (
+            page_table is None or block_size * bytes_per_element % TILE_BYTES == 0
         ),
         f"index_dim={index_dim}: the kernel takes up to {MAX_INDEX_DIM}": (
             index_dim <= MAX_INDEX_DIM
@@ -179,28 +198,31 @@ class _Cut:
         )
 
 
-def _cut(index_q, index_k, block_size: int, chip: Chip, config: SelectConfig) -> _Cut:
+def _cut(index_q, num_keys: int, block_size: int, chip: Chip, config: SelectConfig) -> _Cut:
     """Tiles as large as the rows and the memory for scores allow."""
-    num_queries, num_heads = index_q.shape[1:3]
-    group = SUBLANES * block_size
-    chunk = group * max(1, config.chunk // group)
-    blocks = -(-index_k.shape[1] // block_size)
-    groups = -(-blocks // SUBLANES) + config.unroll - 1
-    num_blocks = max(-(-index_k.shape[1] // chunk) * (chunk // block_size), groups * SUBLANES)
-    most = config.score_bytes // (4 * num_blocks) // LANES * LANES
+    num_rows = index_q.shape[1] * index_q.shape[2]
+    blocks = -(-num_keys // block_size)
+    groups = -(-blocks // SUBLANES)
+    # The top-k reads a few groups more than there are.
+    most = config.score_bytes // (4 * SUBLANES * (groups + config.unroll)) // LANES * LANES
     if most == 0:
         raise NotImplementedError(
-            f"{index_k.shape[1]} keys in blocks of {block_size}: the scores of {LANES} rows take "
-            f"more than score_bytes={config.score_bytes}"
+            f"{num_keys} keys in blocks of {block_size}: the scores of {LANES} rows take more than "
+            f"score_bytes={config.score_bytes}"
         )
-    rows = min(config.rows, most, -(-num_queries * num_heads // LANES) * LANES)
-    tiles_per_row = -(-num_queries * num_heads // rows)
+    rows = min(config.rows, most, -(-num_rows // LANES) * LANES)
+    groups_per_chunk = min(groups, max(1, config.products // (rows * SUBLANES * block_size)))
+    scored = -(-groups // groups_per_chunk) * groups_per_chunk
+    num_blocks = SUBLANES * max(scored, groups + config.unroll - 1)
+    chunk = groups_per_chunk * SUBLANES * block_size
+    tiles_per_row = -(-num_rows // rows)
     return _Cut(rows, tiles_per_row, chip.num_cores, block_size, chunk, num_blocks)
 
 
 def _places(segment_ids, query_offset, index_q, num_keys: int, block_size: int):
     """Each query's own block, -1 for padding, and the first of its document (None: 0), [B, T]."""
-    slots = query_slots(*index_q.shape[:2], query_offset)
+    batch, num_queries = index_q.shape[:2]
+    slots = query_slots(batch, num_queries, query_offset)
     own = jnp.minimum(slots, num_keys - 1) // block_size
     if segment_ids is None:
         return own, None

@@ -7,7 +7,7 @@ register's 8 sublanes once per block. Only those maxima are kept, in VMEM.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,15 +20,33 @@ from pallas_kernels.mosaic_tpu import SUBLANES
 SPOILT = jnp.inf
 
 
-@dataclasses.dataclass(frozen=True)
-class KeyCopies:
-    """Copies of chunks of one batch row's keys from HBM into a ring of buffers.
-
-    Chunk c holds the keys from `c * chunk` on. A past block is a whole one, so that of a last chunk
-    that is cut short only whole blocks are copied, and none behind them is ever chosen.
+class KeyRange(NamedTuple):
+    """The keys that a tile of rows sees.
 
     Attributes:
-      keys: [B, S, Di] in HBM.
+      row: of the batch.
+      first_chunk: chunk c holds the keys from `c * chunk` on.
+      num_chunks: may be 0.
+      end_block: blocks from there on are not needed.
+      pages_ref: the page that holds each block; None where keys lie in their order.
+    """
+
+    row: Any
+    first_chunk: Any
+    num_chunks: Any
+    end_block: Any
+    pages_ref: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyCopies:
+    """Copies of chunks of keys from HBM into a ring of buffers.
+
+    Past blocks are whole ones: of keys that end within a chunk only whole blocks are copied, and
+    what is behind them in the buffer is never chosen.
+
+    Attributes:
+      keys: [B, S, Di] in HBM, or pages of a block each, [P, Bk, Di].
       buffers: [slots, chunk, Di] in VMEM.
       semaphores: one per slot.
       block_size: Bk.
@@ -44,49 +62,63 @@ class KeyCopies:
         """Length of the ring."""
         return self.buffers.shape[0]
 
-    def start(self, row, first_chunk, number, num_chunks) -> None:
+    @property
+    def blocks_per_chunk(self) -> int:
+        """A multiple of 8."""
+        return self.buffers.shape[1] // self.block_size
+
+    def start(self, of: KeyRange, number) -> None:
         """Starts the copy of the chunk of this number, counted from the first one, if there is."""
 
-        @pl.when(number < num_chunks)
+        @pl.when(number < of.num_chunks)
         def _():
-            self._each(row, first_chunk + number, number, lambda copy: copy.start())
+            self._each_copy(of, number, lambda copy: copy.start())
 
-    def start_first(self, row, first_chunk, num_chunks) -> None:
+    def start_first(self, of: KeyRange) -> None:
         """Starts all but one of the ring's slots, which must be free."""
         for number in range(self.slots - 1):
-            self.start(row, first_chunk, number, num_chunks)
+            self.start(of, number)
 
-    def wait(self, row, first_chunk, number):
-        """Waits for a chunk that was started; returns where it lies."""
-        self._each(row, first_chunk + number, number, lambda copy: copy.wait())
+    def wait(self, of: KeyRange, number):
+        """Waits for a chunk that was started; returns where it lies, [chunk, Di]."""
+        self._each_copy(of, number, lambda copy: copy.wait())
         return self.buffers.at[lax.rem(number, self.slots)]
 
-    def _each(self, row, chunk, number, act) -> None:
-        """Acts on the copy of a chunk."""
-        size, num_keys = self.buffers.shape[1], self.keys.shape[1]
-        whole, rest = divmod(num_keys, size)
+    def _each_copy(self, of: KeyRange, number, act) -> None:
+        """Acts on the copies that fill a chunk's buffer."""
+        if of.pages_ref is not None:
+            self._each_page(of, number, act)
+            return
+        chunk, size = of.first_chunk + number, self.buffers.shape[1]
+        whole, rest = divmod(self.keys.shape[1], size)
         rest -= rest % self.block_size
-        slot = lax.rem(number, self.slots)
 
-        def copy(length):
+        def act_on(length):
             start = pl.multiple_of(chunk * size, size)
-            return pltpu.make_async_copy(
-                self.keys.at[row, pl.ds(start, length)],
-                self.buffers.at[slot, pl.ds(0, length)],
-                self.semaphores.at[slot],
-            )
+            act(self._copy(self.keys.at[of.row, pl.ds(start, length)], number, 0))
 
         if whole:
-
-            @pl.when(chunk < whole)
-            def _():
-                act(copy(size))
-
+            pl.when(chunk < whole)(lambda: act_on(size))
         if rest:
+            pl.when(chunk == whole)(lambda: act_on(rest))
 
-            @pl.when(chunk == whole)
-            def _():
-                act(copy(rest))
+    def _each_page(self, of: KeyRange, number, act) -> None:
+        first_block = (of.first_chunk + number) * self.blocks_per_chunk
+
+        def act_on(i, _):
+            page = of.pages_ref[0, 0, first_block + i]
+            act(self._copy(self.keys.at[page], number, i * self.block_size))
+
+        count = jnp.minimum(of.end_block - first_block, self.blocks_per_chunk)
+        lax.fori_loop(0, count, act_on, None)
+
+    def _copy(self, source, number, start):
+        """The copy of [keys, Di] to where they begin in a chunk's buffer."""
+        slot = lax.rem(number, self.slots)
+        if not isinstance(start, int):
+            start = pl.multiple_of(start, self.block_size)
+        target = self.buffers.at[slot, pl.ds(start, source.shape[0])]
+        return pltpu.make_async_copy(source, target, self.semaphores.at[slot])
 
 
 def score_chunk(keys_ref, queries_ref, scores_ref, first_block, *, block_size: int) -> None:

@@ -7,17 +7,17 @@ when it runs: a grid step for each chunk of them would pay for those that no que
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_tpu import LANES, current_target
-from pallas_kernels.select_blocks.scores_mosaic_tpu import KeyCopies, score_chunk
+from pallas_kernels.mosaic_tpu import LANES, SUBLANES, current_target
+from pallas_kernels.select_blocks.scores_mosaic_tpu import KeyCopies, KeyRange, score_chunk
 from pallas_kernels.select_blocks.top_k_mosaic_tpu import choose, mark_candidates, write_ascending
 
 # Fields of a tile's range.
@@ -31,17 +31,18 @@ class SelectConfig:
     Attributes:
       rows: of a tile, at most; a multiple of 128. Fewer where the scores of all blocks would not
         fit into `score_bytes`.
-      chunk: keys per copy and step of the loop, at most, in whole groups of 8 blocks.
+      products: of a key and a row in a step of the loop over keys, at most. A step copies a chunk
+        of keys, in whole groups of 8 blocks: the fewer the rows, the longer, as copies need it.
       slots: chunks in VMEM, in flight or in use; at least 2.
       unroll: groups of 8 blocks that the top-k looks at together.
       score_bytes: VMEM for the scores of a tile.
     """
 
-    rows: int = 512
-    chunk: int = 2048
+    rows: int = 1024
+    products: int = 2**20
     slots: int = 3
     unroll: int = 4
-    score_bytes: int = 32 * 2**20
+    score_bytes: int = 36 * 2**20
 
     def __post_init__(self):
         if self.rows < LANES or self.rows % LANES:
@@ -50,7 +51,7 @@ class SelectConfig:
             raise ValueError(
                 f"slots={self.slots}: choose at least 2, one is filled while one is used"
             )
-        for field in ("chunk", "unroll", "score_bytes"):
+        for field in ("products", "unroll", "score_bytes"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be >= 1")
 
@@ -67,36 +68,39 @@ class Options:
 
 
 class Tiles(NamedTuple):
-    """What there is per tile of rows, those of a batch row together.
+    """What there is per tile: arrays, how they are cut, or one tile's references.
 
-    There are as many tiles for each of the chip's cores, the last one empty if need be.
+    Tiles of a batch row come together, as many for each of the chip's cores; the last one may be
+    empty.
 
     Attributes:
       queries: [tiles, rows, Di].
-      own: each row's own block, -1 for a row that selects nothing.
-      first: the first block that it sees; None for 0.
-      ranges: the first chunk of keys, the number of chunks, and first and end of the groups of 8
-        blocks that the tile's rows see.
-      query_scales: of 8-bit queries.
+      own: [tiles, 1, rows] each row's own block, -1 for a row that selects nothing.
+      first: [tiles, 1, rows] the first block that it sees; None for 0.
+      ranges: [tiles, 1, 4] the first chunk of keys, the number of chunks, and first and end of the
+        groups of 8 blocks that the tile's rows see.
+      query_scales: [tiles, 1, rows] of 8-bit queries, else None.
     """
 
-    queries: Shaped[Array, "tiles rows Di"]
-    own: Int[Array, "tiles 1 rows"]
-    first: Int[Array, "tiles 1 rows"] | None
-    ranges: Int[Array, "tiles 1 4"]
-    query_scales: Float[Array, "tiles 1 rows"] | None
+    queries: Any
+    own: Any
+    first: Any
+    ranges: Any
+    query_scales: Any
 
 
 class Keys(NamedTuple):
-    """What there is per batch row.
+    """What there is per batch row: arrays, how they are cut, or references.
 
     Attributes:
-      keys: stay in HBM.
-      scales: of the blocks of 8-bit keys.
+      keys: [B, S, Di], or [P, Bk, Di] in pages; stay in HBM.
+      scales: [B, blocks, 1] of the blocks of 8-bit keys, else None.
+      pages: [B, 1, blocks] the page of each block; None where keys are not in pages.
     """
 
-    keys: Shaped[Array, "B S Di"]
-    scales: Float[Array, "B blocks 1"] | None
+    keys: Any
+    scales: Any
+    pages: Any
 
 
 def select_tiles(
@@ -117,40 +121,45 @@ def select_tiles(
       options: the op's.
       config: ring and unrolling.
       chunk: keys per copy, a multiple of 8 blocks.
-      num_blocks: a multiple of 8 that holds every chunk and `config.unroll - 1` groups more; key
-        scales are as many.
+      num_blocks: a multiple of 8 that holds every chunk and `config.unroll - 1` groups more; scales
+        and pages are as many.
       tiles_per_row: tiles of one batch row.
     """
     target = current_target()
     cores = target.chip.num_cores
     num_tiles, rows, index_dim = tiles.queries.shape
 
-    def of_tile(array, **memory):
-        """Neighbouring tiles alternate between the cores."""
-        index = lambda core, step: (step * cores + core, 0, 0)  # noqa: E731
-        return None if array is None else pl.BlockSpec((1, *array.shape[1:]), index, **memory)
+    def spec(array, step, row=False, **memory):
+        """One tile's block, or its batch row's. Neighbouring tiles alternate between cores."""
+        if array is None:
+            return None
+        per_block, last = tiles_per_row if row else 1, array.shape[0] - 1
 
-    def next_range(core, step):
-        return jnp.minimum((step + 1) * cores + core, num_tiles - 1), 0, 0
+        def index(core, now):
+            return jnp.minimum(((now + step) * cores + core) // per_block, last), 0, 0
 
-    def by_row(core, step):
-        return jnp.minimum((step * cores + core) // tiles_per_row, keys.keys.shape[0] - 1), 0, 0
+        return pl.BlockSpec((1, *array.shape[1:]), index, **memory)
+
+    def scalars(step):
+        """Of this step's tile, or the next one's."""
+        return (
+            spec(tiles.ranges, step, memory_space=pltpu.SMEM),
+            spec(keys.pages, step, row=True, memory_space=pltpu.SMEM),
+        )
 
     ids = jax.ShapeDtypeStruct((num_tiles, options.top_k, rows), jnp.int32)
-    scales_spec = None if keys.scales is None else pl.BlockSpec((1, num_blocks, 1), by_row)
+    ranges, pages = scalars(0)
     return pl.pallas_call(
         functools.partial(
             _select_tile, options=options, unroll=config.unroll, tiles_per_row=tiles_per_row
         ),
         grid=(cores, num_tiles // cores),
         in_specs=(
-            Tiles(*map(of_tile, tiles))._replace(
-                ranges=of_tile(tiles.ranges, memory_space=pltpu.SMEM)
-            ),
-            pl.BlockSpec((1, 1, 4), next_range, memory_space=pltpu.SMEM),
-            Keys(pl.BlockSpec(memory_space=pl.ANY), scales_spec),
+            Tiles(*(spec(array, 0) for array in tiles))._replace(ranges=ranges),
+            Keys(pl.BlockSpec(memory_space=pl.ANY), spec(keys.scales, 0, row=True), pages),
+            scalars(1),
         ),
-        out_specs=of_tile(ids),
+        out_specs=spec(ids, 0),
         out_shape=ids,
         scratch_shapes=[
             pltpu.VMEM((index_dim, rows), tiles.queries.dtype),
@@ -165,13 +174,13 @@ def select_tiles(
         ),
         interpret=target.interpret,
         name="select_blocks",
-    )(tiles, tiles.ranges, keys)
+    )(tiles, keys, (tiles.ranges, keys.pages))
 
 
 def _select_tile(
     tile,
-    next_ref,
     keys,
+    next_scalars,
     ids_ref,
     queries_ref,
     scores_ref,
@@ -185,8 +194,12 @@ def _select_tile(
 ):
     """One tile: all scores that it sees, then the top-k, while the next tile's keys arrive."""
     copies = KeyCopies(keys.keys, buffers_ref, semaphores, options.block_size)
+    number = pl.program_id(1) * pl.num_programs(0) + pl.program_id(0)
+    seen = _key_range(number, tile.ranges, keys.pages, tiles_per_row)
+    next_ranges, next_pages = next_scalars
+    following = _key_range(number + pl.num_programs(0), next_ranges, next_pages, tiles_per_row)
     queries_ref[...] = tile.queries[0].T
-    _score(tile.ranges, next_ref, copies, queries_ref, scores_ref, tiles_per_row)
+    _score(seen, following, copies, queries_ref, scores_ref)
     begin, end = tile.ranges[0, 0, FIRST_GROUP], tile.ranges[0, 0, END_GROUP]
     mark_candidates(
         scores_ref,
@@ -205,26 +218,33 @@ def _select_tile(
     write_ascending(chosen_ref, ids_ref.at[0])
 
 
-def _score(range_ref, next_ref, copies, queries_ref, scores_ref, tiles_per_row: int) -> None:
+def _key_range(tile, ranges_ref, pages_ref, tiles_per_row: int) -> KeyRange:
+    """What the tile of this number sees."""
+    return KeyRange(
+        row=lax.div(tile, tiles_per_row),
+        first_chunk=ranges_ref[0, 0, FIRST_CHUNK],
+        num_chunks=ranges_ref[0, 0, NUM_CHUNKS],
+        end_block=ranges_ref[0, 0, END_GROUP] * SUBLANES,
+        pages_ref=pages_ref,
+    )
+
+
+def _score(seen: KeyRange, following: KeyRange, copies: KeyCopies, queries_ref, scores_ref):
     """Block maxima of the keys that a tile sees; leaves the next tile's first keys on their way."""
-    core, step = pl.program_id(0), pl.program_id(1)
-    tile = step * pl.num_programs(0) + core
-    row = lax.div(tile, tiles_per_row)
-    first_chunk, num_chunks = range_ref[0, 0, FIRST_CHUNK], range_ref[0, 0, NUM_CHUNKS]
+    step = pl.program_id(1)
 
     @pl.when(step == 0)
     def _():
-        copies.start_first(row, first_chunk, num_chunks)
+        copies.start_first(seen)
 
     def score(number, _):
-        copies.start(row, first_chunk, number + copies.slots - 1, num_chunks)
-        chunk_ref = copies.wait(row, first_chunk, number)
-        first_block = (first_chunk + number) * (chunk_ref.shape[0] // copies.block_size)
+        copies.start(seen, number + copies.slots - 1)
+        chunk_ref = copies.wait(seen, number)
+        first_block = (seen.first_chunk + number) * copies.blocks_per_chunk
         score_chunk(chunk_ref, queries_ref, scores_ref, first_block, block_size=copies.block_size)
 
-    lax.fori_loop(0, num_chunks, score, None)
+    lax.fori_loop(0, seen.num_chunks, score, None)
 
     @pl.when(step + 1 < pl.num_programs(1))
     def _():
-        next_row = lax.div(tile + pl.num_programs(0), tiles_per_row)
-        copies.start_first(next_row, next_ref[0, 0, FIRST_CHUNK], next_ref[0, 0, NUM_CHUNKS])
+        copies.start_first(following)
