@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from op_cases import compiled
+from op_cases import NUM_BLOCKS, compiled
 from test_select_blocks import SelectBlocksTests
 
 from pallas_kernels import select_blocks
@@ -59,6 +59,7 @@ class Case:
     packed: bool = False
     query_offset: int | tuple[int, ...] | None = None
     index_precision: str = "native"
+    paged: bool = False
     config: SelectConfig = SMALL
     chip: str = "v5p"
 
@@ -95,9 +96,23 @@ class Case:
 
         return np.asarray(compiled(run)(index_q, index_k))
 
+    def pages(self, index_k):
+        """The keys in pages of a block each, in any order, and which page holds a block."""
+        num_blocks = self.num_keys // self.block_size
+        used = self.batch * num_blocks
+        order = np.random.default_rng(2).permutation(used + 3)
+        blocks = index_k.reshape(used, self.block_size, -1)
+        pages = jnp.full((used + 3, *blocks.shape[1:]), jnp.nan, index_k.dtype)
+        table = order[:used].reshape(self.batch, num_blocks).astype(np.int32)
+        return pages.at[order[:used]].set(blocks), jnp.asarray(table)
+
     def actual(self, index_q, index_k, interpret=True):
+        page_table = None
+        if self.paged:
+            index_k, page_table = self.pages(index_k)
+
         def run(index_q, index_k):
-            options = {**self.options(), "config": self.config}
+            options = {**self.options(), "config": self.config, "page_table": page_table}
             return mosaic_tpu.select_blocks(index_q, index_k, *self.place(), **options)
 
         with interpreted(self.chip, interpret):
@@ -135,6 +150,13 @@ CASES = {
     ),
     "decoding, one row": Case(num_queries=1, num_keys=2048, top_k=16, num_sink_blocks=1),
     "blocks of no whole tile": Case(block_size=24, num_keys=500),
+    "pages": Case(
+        batch=2, num_queries=90, num_keys=480, num_heads=1, query_offset=(390, 100), paged=True
+    ),
+    "decoding from pages, 8 bits": Case(
+        batch=3, num_queries=1, num_keys=1024, query_offset=(999, 3, 640), block_size=32,
+        paged=True, index_precision="int8",
+    ),
     "8 bits": Case(index_precision="int8"),
     "8 bits, wide, ragged, of float32": Case(
         num_queries=100, num_keys=1100, index_dim=128, block_size=64, index_precision="int8",
@@ -154,7 +176,7 @@ def test_ids_are_those_of_the_reference(case):
     [
         CASES["packed, offset per row"],
         CASES["8 bits, wide, ragged, of float32"],
-        CASES["decoding, a row per core and one more"],
+        CASES["decoding from pages, 8 bits"],
     ],
 )
 def test_memory_that_nobody_wrote_is_not_chosen_and_copies_do_not_race(case, capfd):
@@ -166,6 +188,21 @@ def test_memory_that_nobody_wrote_is_not_chosen_and_copies_do_not_race(case, cap
     np.testing.assert_array_equal(case.actual(*inputs, interpret), case.expected(*inputs))
     # The interpreter prints each race.
     assert "RACE" not in capfd.readouterr().out
+
+
+def test_pages_that_hold_nothing_need_no_number():
+    """Behind the blocks in use the table says -1, or anything."""
+    case = CASES["pages"]
+    index_q, index_k = case.inputs()
+    pages, table = case.pages(index_k)
+    in_use = -(-(np.asarray(case.query_offset)[:, None] + case.num_queries) // case.block_size)
+    behind = np.arange(table.shape[1]) >= in_use
+    table = jnp.where(behind, jnp.asarray([[-1], [10**6]]), table)
+    with interpreted():
+        actual = mosaic_tpu.select_blocks(
+            index_q, pages, *case.place(), **case.options(), config=SMALL, page_table=table
+        )
+    np.testing.assert_array_equal(actual, case.expected(index_q, index_k))
 
 
 class TestMosaicTPU(SelectBlocksTests):
@@ -192,6 +229,14 @@ class TestMosaicTPU(SelectBlocksTests):
     def test_overflow_is_the_highest_but_not_forced(self, pooling, widest_dtype):
         super().test_overflow_is_the_highest_but_not_forced(pooling, widest_dtype)
 
+    @pytest.mark.parametrize(("num_local_blocks", "num_sink_blocks"), [(2, 1)])
+    def test_forced_blocks(self, num_local_blocks, num_sink_blocks, widest_dtype):
+        super().test_forced_blocks(num_local_blocks, num_sink_blocks, widest_dtype)
+
+    @pytest.mark.parametrize("top_k", [1, NUM_BLOCKS + 3])
+    def test_number_of_blocks(self, top_k, widest_dtype):
+        super().test_number_of_blocks(top_k, widest_dtype)
+
     @pytest.mark.parametrize("pooling", ["lse", "mean"])
     def test_poolings_differ(self, pooling, widest_dtype):
         with pytest.raises(NotImplementedError, match=f"pooling='{pooling}'"):
@@ -211,6 +256,7 @@ REFUSED = {
     "float16 index queries": {"dtype": "float16"},
     "index_dim=257": {"index_dim": 257},
     "MXU of a v7x has no 8-bit": {"index_precision": "int8", "chip": "v7x"},
+    "pages of 8 keys": {"block_size": 8, "num_keys": 320, "paged": True},
     "300 keys in blocks of 16.*score_bytes=9000": {
         "config": dataclasses.replace(SMALL, score_bytes=9000)
     },
@@ -257,17 +303,23 @@ def test_configs_say_what_is_wrong(field, value, message):
 def compile_case(case, chip):
     """Compiles a call with the chip's tuned tiles."""
 
-    def run(index_q, index_k, segment_ids, query_offset):
-        options = case.options()
+    def run(index_q, index_k, segment_ids, query_offset, page_table):
+        options = {**case.options(), "page_table": page_table}
         return mosaic_tpu.select_blocks(index_q, index_k, segment_ids, query_offset, **options)
 
     shape = jax.ShapeDtypeStruct
+    keys, table = (case.batch, case.num_keys, case.index_dim), None
+    if case.paged:
+        num_blocks = case.num_keys // case.block_size
+        keys = (case.batch * num_blocks, case.block_size, case.index_dim)
+        table = shape((case.batch, num_blocks), "int32")
     return compile_for_tpu(
         run,
         shape((case.batch, case.num_queries, case.num_heads, case.index_dim), case.dtype),
-        shape((case.batch, case.num_keys, case.index_dim), case.dtype),
+        shape(keys, case.dtype),
         shape((case.batch, case.num_keys), "int32") if case.packed else None,
         shape((case.batch,), "int32"),
+        table,
         chip=chip,
     )
 
@@ -277,7 +329,6 @@ LARGE = Case(
 )
 COMPILED = {
     "32K, packed": dataclasses.replace(LARGE, packed=True, num_sink_blocks=1),
-    "128K": dataclasses.replace(LARGE, num_queries=2**17, num_keys=2**17),
     "1M": dataclasses.replace(LARGE, num_queries=2**20, num_keys=2**20),
     "decoding at a ragged 1M": dataclasses.replace(
         LARGE, batch=4, num_queries=1, num_keys=2**20 - 1000
@@ -296,7 +347,9 @@ def test_compiles(case, chip):
 @pytest.mark.parametrize(
     ("change", "chip"),
     [
-        ({"block_size": 64, "index_dim": 64, "top_k": 64}, "v5p"),
+        ({"block_size": 64, "index_dim": 64, "top_k": 64, "num_keys": 2**17}, "v5p"),
+        ({"batch": 64, "num_queries": 1, "num_keys": 2**20, "paged": True}, "v5p"),
+        ({"batch": 3, "num_queries": 1, "num_keys": 2**15, "paged": True}, "v7x"),
         ({"block_size": 8, "batch": 2}, "v7x"),
         ({"dtype": "float32", "num_heads": 1}, "v6e"),
         ({"dtype": "float32"}, "v5p"),
