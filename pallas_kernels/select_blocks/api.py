@@ -15,19 +15,23 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.pages import check_pages, contiguous_shape
-from pallas_kernels.select_blocks import mosaic_gpu, patterns, reference, triton
+from pallas_kernels.select_blocks import mosaic_gpu, mosaic_tpu, patterns, reference, triton
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 POOLINGS = ("max", "lse", "mean")
 INDEX_PRECISIONS = ("native", "int8")
 IMPLEMENTATIONS = {
+    "mosaic_tpu": mosaic_tpu.select_blocks,
     "mosaic_gpu": mosaic_gpu.select_blocks,
     "triton": triton.select_blocks,
     "reference": reference.select_blocks,
 }
 # With a keyword more, page_table.
-PAGED_IMPLEMENTATIONS = {"reference": reference.select_blocks_of_pages}
+PAGED_IMPLEMENTATIONS = {
+    "mosaic_tpu": mosaic_tpu.select_blocks,
+    "reference": reference.select_blocks_of_pages,
+}
 
 
 def select_blocks(
