@@ -1,7 +1,7 @@
 """Compiles for a TPU on a machine without one.
 
-Needs libtpu (extra `aot`), which is the TPU's whole compiler: memory that does not fit, layouts that
-cannot be had and operations that a chip lacks are errors here as they are there.
+Needs libtpu (extra `aot`), which is the TPU's whole compiler: memory that does not fit, layouts
+that cannot be had and operations that a chip lacks are errors here as they are there.
 """
 
 import os
@@ -14,8 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from pallas_kernels.mosaic_tpu import CHIPS, Target, traced_for
 
-# Read by libtpu when it loads: it is not to look for a TPU, nor for the machine that would hold one,
-# and other processes may load it too, since none of them takes a TPU.
+# Read by libtpu when it loads: it is not to look for a TPU, nor for the machine that would hold
+# one, and other processes may load it too, since none of them takes a TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -25,7 +25,7 @@ _ENVIRONMENT = {
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """The devices of a topology such as "v5p:2x2x2", to shard over and compile for, not to run on."""
+    """Devices of a topology such as "v5p:2x2x2": to shard over and compile for, not to run on."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -41,7 +41,7 @@ def lower_for_tpu(fn: Callable, *args: Any, chip: str) -> jax.stages.Lowered:
     """
     device = tpu_devices(CHIPS[chip].topology)[0]
     sharding = SingleDeviceSharding(device)
-    # Some operations are lowered by what the chip has, which jax asks the mesh in place of a device.
+    # Some operations are lowered by what the chip has: jax asks the mesh in place of a device.
     kind = AbstractDevice(device.device_kind, CHIPS[chip].num_cores, device.platform)
     anywhere = AbstractMesh((), (), abstract_device=kind)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
@@ -23,8 +24,9 @@ class Chip:
     Attributes:
       name: as in "v5p".
       device_kind: `jax.Device.device_kind`, the key of the tuned table.
-      topology: the smallest one that can be compiled for, as `jax.experimental.topologies` names it.
-      num_cores: TensorCores that share one jax device; a grid's parallel axes are spread over them.
+      topology: the smallest one that can be compiled for, by its name for
+        `jax.experimental.topologies`.
+      num_cores: cores that share one jax device; a grid's parallel axes are spread over them.
       vmem_bytes: of one core.
       hbm_bytes: of the device.
       bytes_per_second: from and to HBM.
@@ -130,3 +132,19 @@ def current_target() -> Target:
     raise NotImplementedError(
         f"Mosaic TPU kernels know {', '.join(CHIPS)}, this is a {device.device_kind!r}"
     )
+
+
+def product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """The float32 products of a's rows with b, summed over a's last axis and b's given one.
+
+    Float32 factors are multiplied as such, in several passes of bfloat16.
+    """
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def across(rows: jax.Array, width: int) -> jax.Array:
+    """Values that are the same in all lanes of a row, [rows, LANES], over `width` lanes."""
+    return jnp.tile(rows, (1, -(-width // LANES)))[:, :width]

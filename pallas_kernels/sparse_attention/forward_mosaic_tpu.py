@@ -7,6 +7,7 @@ mask of [R, keys] for all heads of its group.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target
+from pallas_kernels.mosaic_tpu import LANES, Target, across, product
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
-from pallas_kernels.sparse_attention.tile_lists import BLOCK, MEMBERS, NUM_ROWS, SCALARS, SLOT
+from pallas_kernels.sparse_attention.tile_lists import (
+    BLOCK,
+    MEMBERS,
+    NUM_ROWS,
+    SCALARS,
+    SLOT,
+)
 
 # Scores of keys that a query does not see: finite, so that a difference of two is no NaN.
 _HIDDEN = -1e30
@@ -29,19 +36,24 @@ class TileConfig:
 
     Attributes:
       queries: per tile; a multiple of 8, the sublanes of a register.
-      blocks_per_step: multiplied at once.
+      blocks_per_step: fetched at once.
+      blocks_per_part: multiplied at once.
       depth: steps in flight, a power of two.
     """
 
-    queries: int = 8
+    queries: int = 16
     blocks_per_step: int = 8
+    blocks_per_part: int = 4
     depth: int = 4
 
     def __post_init__(self):
         if self.queries not in (8, 16, 24):
             raise ValueError(f"queries={self.queries}: must be 8, 16 or 24, a bit each in a word")
-        if self.blocks_per_step < 1:
-            raise ValueError(f"blocks_per_step={self.blocks_per_step}: must be >= 1")
+        if self.blocks_per_part < 1 or self.blocks_per_step % self.blocks_per_part:
+            raise ValueError(
+                f"blocks_per_step={self.blocks_per_step}: must be a multiple of "
+                f"blocks_per_part={self.blocks_per_part}, which must be >= 1"
+            )
         if self.depth < 2 or self.depth & (self.depth - 1):
             raise ValueError(f"depth={self.depth}: must be a power of two from 2 on")
 
@@ -68,7 +80,7 @@ def forward(
       target: what the kernel is traced for.
     """
     rows, group, num_queries, head_dim = q.shape
-    tiles = num_queries // config.queries
+    tiles, num_rows = num_queries // config.queries, group * config.queries
     cores = target.chip.num_cores
     per_core = rows * tiles // cores
 
@@ -90,11 +102,10 @@ def forward(
         memory_space=pltpu.SMEM,
     )
     queries = pl.BlockSpec((1, group, config.queries, head_dim), of_queries)
-    stats = pl.BlockSpec((1, group, config.queries, 1), of_queries)
+    stats = pl.BlockSpec((1, 1, 1, num_rows), lambda core, i: (*tile(core, i), 0, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     keys_per_step = config.blocks_per_step * k.shape[1]
     buffer = pltpu.VMEM((config.depth, keys_per_step, head_dim), k.dtype)
-    num_rows = group * config.queries
     o, lse = pl.pallas_call(
         functools.partial(_kernel, scale=scale, config=config),
         grid=(cores, per_core),
@@ -102,16 +113,16 @@ def forward(
         out_specs=[queries, stats],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32),
+            jax.ShapeDtypeStruct((rows, tiles, 1, num_rows), jnp.float32),
         ],
         scratch_shapes=[
             buffer,
             buffer,
             pltpu.SemaphoreType.DMA((2, config.depth)),
             pltpu.SMEM((2,), jnp.int32),
+            pltpu.VMEM((num_rows, LANES), jnp.float32),
+            pltpu.VMEM((num_rows, LANES), jnp.float32),
             pltpu.VMEM((num_rows, head_dim), jnp.float32),
-            pltpu.VMEM((num_rows, LANES), jnp.float32),
-            pltpu.VMEM((num_rows, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True
@@ -119,7 +130,8 @@ def forward(
         interpret=target.interpret,
         name="sparse_attention_forward",
     )(lists, lists, q, k, v)
-    return o, lse[..., 0]
+    lse = lse.reshape(rows, tiles, group, config.queries).swapaxes(1, 2)
+    return o, lse.reshape(rows, group, num_queries)
 
 
 def _kernel(
@@ -134,93 +146,100 @@ def _kernel(
     values,
     semaphores,
     state,
-    acc,
-    top,
-    total,
-    *,
+    *sums,
     scale,
     config,
 ):
     i = pl.program_id(1)
-    ring = Ring(
-        now,
-        after,
-        i < pl.num_programs(1) - 1,
-        (k_hbm, v_hbm),
-        (keys, values),
-        semaphores,
-        state,
-        (1,),
-    )
+    has_next = i < pl.num_programs(1) - 1
+    # A value that no query weighs must still be finite.
+    zeroed = (1,)
+    ring = Ring(now, after, has_next, (k_hbm, v_hbm), (keys, values), semaphores, state, zeroed)
+    softmax = _Softmax(*sums)
     pl.when(i == 0)(ring.reset)
+    softmax.reset()
+    ring.fill()
     _, group, queries, head_dim = q_ref.shape
     q = q_ref[0].reshape(group * queries, head_dim)
-    steps = ring.num_steps(now)
-    top[...] = jnp.full(top.shape, _HIDDEN, jnp.float32)
-    total[...] = jnp.zeros(total.shape, jnp.float32)
-    acc[...] = jnp.zeros(acc.shape, jnp.float32)
-    ring.fill()
 
-    def scores(step):
-        return _product(q, keys[ring.slot(step)], 1) * (scale * _LOG2E)
+    def attend(step, parts):
+        """The first parts of a step: one's products run under another's exponentials."""
+        for part in range(parts):
+            first = part * config.blocks_per_part
+            taken = ring.slot(step), ring.blocks(first, config.blocks_per_part)
+            s = product(q, keys[taken], 1) * (scale * _LOG2E)
+            entry = step * config.blocks_per_step + first
+            seen = visible(now, entry, config.blocks_per_part, queries, ring.block_size)
+            s = jnp.where(seen, s.reshape(group, *seen.shape), _HIDDEN).reshape(s.shape)
+            softmax.add(s, values[taken])
 
-    def body(step, s):
+    def body(step, _):
         ring.advance(step)
-        # The products of the next step fill the time that this one's weights take; behind the last
-        # one there is nothing to multiply, and its buffer belongs to the next tile.
-        ring.wait(step + 1)
-        following = scores(jnp.minimum(step + 1, steps - 1))
-        seen = visible(now, step, config, keys.shape[1] // config.blocks_per_step)
-        s = jnp.where(seen, s.reshape(group, queries, -1), _HIDDEN).reshape(s.shape)
-        before = top[...]
-        highest = jnp.maximum(before, s.max(-1, keepdims=True))
-        p = jnp.exp2(s - across(highest, s.shape[1]))
-        shrink = jnp.exp2(before - highest)
-        top[...] = highest
-        total[...] = total[...] * shrink + sum(
-            p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)
-        )
-        product = _product(p.astype(values.dtype), values[ring.slot(step)], 0)
-        acc[...] = acc[...] * across(shrink, head_dim) + product
-        return following
+        ring.wait(step)
+        left = jnp.minimum(ring.count - step * config.blocks_per_step, config.blocks_per_step)
+        sizes = range(1, config.blocks_per_step // config.blocks_per_part + 1)
+        branches = [functools.partial(attend, step, parts) for parts in sizes]
+        jax.lax.switch(jax.lax.div(left - 1, config.blocks_per_part), branches)
 
-    @pl.when(steps > 0)
-    def _():
-        ring.wait(0)
-        jax.lax.fori_loop(0, steps, body, scores(0))
-
+    jax.lax.fori_loop(0, ring.num_steps(now), body, None)
     ring.finish()
-    highest = top[:, :1]
-    seen = highest > _HIDDEN
-    weight = jnp.where(seen, total[...].sum(-1, keepdims=True), 1.0)
-    o_ref[0] = jnp.where(seen, acc[...] / weight, 0).astype(o_ref.dtype).reshape(o_ref.shape[1:])
-    lse = jnp.where(seen, (highest + jnp.log2(weight)) / _LOG2E, -jnp.inf)
-    lse_ref[0] = lse.reshape(lse_ref.shape[1:])
+    o, lse = softmax.results()
+    o_ref[0] = o.astype(o_ref.dtype).reshape(o_ref.shape[1:])
+    # Statistics lie along lanes in memory: one per row, it would be padded to 128.
+    lse_ref[0, 0] = lse.T[:1]
 
 
-def visible(tile, step, config: TileConfig, block_size: int):
-    """Which keys of a step each query of the tile sees, [R, keys]."""
-    query = jax.lax.broadcasted_iota(jnp.int32, (config.queries, block_size), 0)
-    key = jax.lax.broadcasted_iota(jnp.int32, (config.queries, block_size), 1)
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+    """The running softmax of a tile's rows.
+
+    Attributes:
+      top: largest score so far in units of log 2, the same in all lanes, [rows, lanes].
+      total: sums of weights, each lane's own, [rows, lanes].
+      acc: weighted values, [rows, D].
+    """
+
+    top: Any
+    total: Any
+    acc: Any
+
+    def reset(self) -> None:
+        self.top[...] = jnp.full(self.top.shape, _HIDDEN, jnp.float32)
+        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
+        self.acc[...] = jnp.zeros(self.acc.shape, jnp.float32)
+
+    def add(self, s: jax.Array, values: jax.Array) -> None:
+        """Scores [rows, keys] and the keys' values."""
+        before = self.top[...]
+        highest = jnp.maximum(before, s.max(-1, keepdims=True))
+        weights = jnp.exp2(s - across(highest, s.shape[1]))
+        shrink = jnp.exp2(before - highest)
+        lanes = [weights[:, i : i + LANES] for i in range(0, s.shape[1], LANES)]
+        self.top[...] = highest
+        self.total[...] = self.total[...] * shrink + sum(lanes)
+        weighted = product(weights.astype(values.dtype), values, 0)
+        self.acc[...] = self.acc[...] * across(shrink, weighted.shape[1]) + weighted
+
+    def results(self) -> tuple[jax.Array, jax.Array]:
+        """Output [rows, D], and the log-sum-exp in all lanes; 0 and -inf where nothing was seen."""
+        highest = self.top[...]
+        seen = highest > _HIDDEN
+        total = jnp.where(seen, self.total[...].sum(-1, keepdims=True), 1.0)
+        width = self.acc.shape[1]
+        o = jnp.where(across(seen, width), self.acc[...] / across(total, width), 0)
+        return o, jnp.where(seen, (highest + jnp.log2(total)) / _LOG2E, -jnp.inf)
+
+
+def visible(tile, first, count, queries: int, block_size: int):
+    """Which keys of a tile's blocks from the `first` on each query sees, [R, keys]."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (queries, block_size), 0)
+    key = jax.lax.broadcasted_iota(jnp.int32, (queries, block_size), 1)
     # How far a key may be into a block for the query to see it.
     reach = tile[0, SCALARS, SLOT] + query - key
     parts = []
-    for place in range(config.blocks_per_step):
-        entry = jnp.minimum(step * config.blocks_per_step + place, tile.shape[2] - 1)
+    for place in range(count):
+        entry = jnp.minimum(first + place, tile.shape[2] - 1)
         members, block = tile[0, MEMBERS, entry], tile[0, BLOCK, entry]
         member = jnp.right_shift(members, query) & 1
         parts.append((member == 1) & (reach >= block * block_size))
     return jnp.concatenate(parts, axis=1)
-
-
-def _product(a, b, axis: int):
-    """a times b over a's last axis and b's given one."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def across(rows, width: int):
-    """One value per row, the same in every lane, over `width` of them."""
-    return jnp.tile(rows, (1, -(-width // LANES)))[:, :width]

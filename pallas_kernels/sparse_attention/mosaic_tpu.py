@@ -17,6 +17,8 @@ from pallas_kernels.tracing import in_32_bits, refuse_varying
 from pallas_kernels.tuning import shape_bucket, tuned
 from pallas_kernels.visibility import visible_block_ids
 
+# Queries of the smallest tile, for decoding.
+MIN_TILE = 8
 # Heads of a group are rows of a tile's matrix products.
 MAX_GROUP = 64
 
@@ -162,7 +164,9 @@ def padded(array: Array, multiple: int) -> Array:
 
 
 def _tuned(options: _Options, q, k) -> TileConfig:
-    """The tuned tile sizes of the forward pass."""
+    """The tuned tile sizes of the forward pass; while decoding the smallest tile."""
+    if q.shape[1] <= MIN_TILE:
+        return TileConfig(queries=MIN_TILE)
     bucket = shape_bucket(
         q.shape[1], G=q.shape[2] // k.shape[2], D=q.shape[3], Bk=options.block_size
     )

@@ -32,8 +32,7 @@ class Ring:
       buffers: for each source [depth, blocks_per_step * Bk, D]; depth is a power of two.
       semaphores: [sources, depth].
       state: [2] in scalar memory.
-      zeroed: the sources that are filled up with zeros where a step has no block: what is multiplied
-        by a weight of 0 must be finite.
+      zeroed: sources that are filled up with zeros where a step has no block.
     """
 
     now: Any
@@ -47,15 +46,27 @@ class Ring:
 
     @property
     def depth(self) -> int:
+        """Steps that the buffers hold."""
         return self.buffers[0].shape[0]
 
     @property
     def block_size(self) -> int:
+        """Rows of a block."""
         return self.sources[0].shape[1]
 
     @property
     def blocks_per_step(self) -> int:
+        """Blocks that arrive together."""
         return self.buffers[0].shape[1] // self.block_size
+
+    @property
+    def count(self) -> jax.Array:
+        """Blocks of this tile."""
+        return self.now[0, SCALARS, COUNT]
+
+    def blocks(self, first: int, count: int) -> Any:
+        """Where some of a step's blocks lie in its buffer."""
+        return pl.ds(first * self.block_size, count * self.block_size)
 
     def num_steps(self, tile: Any) -> jax.Array:
         """Steps of a tile's list."""
@@ -91,9 +102,8 @@ class Ring:
     def wait(self, step: jax.Array | int) -> None:
         """Until a step's blocks are there; nothing is scheduled across it."""
         first = step * self.blocks_per_step
-        count = self.now[0, SCALARS, COUNT]
         slot = self.slot(step)
-        whole = first + self.blocks_per_step <= count
+        whole = first + self.blocks_per_step <= self.count
 
         # A wait takes as long as dozens of products: one for all copies of a source.
         @pl.when(whole)
@@ -108,7 +118,7 @@ class Ring:
         def _():
             for place in range(self.blocks_per_step):
 
-                @pl.when(first + place < count)
+                @pl.when(first + place < self.count)
                 def _(place=place):
                     for source in range(len(self.sources)):
                         self._copy(source, slot, place, 0).wait()
@@ -123,7 +133,7 @@ class Ring:
         steps = self.num_steps(self.now)
         mine = step < steps
         first = jnp.where(mine, step, step - steps) * self.blocks_per_step
-        count = jnp.where(mine, self.now[0, SCALARS, COUNT], self.after[0, SCALARS, COUNT])
+        count = jnp.where(mine, self.count, self.after[0, SCALARS, COUNT])
         slot = self.slot(step)
         for place in range(self.blocks_per_step):
             entry = first + place
@@ -145,7 +155,7 @@ class Ring:
                     part[...] = jnp.zeros(part.shape, part.dtype)
 
     def _copy(self, source: int, slot: jax.Array, place: int, page: Any):
-        part = self.buffers[source].at[slot, pl.ds(place * self.block_size, self.block_size)]
+        part = self.buffers[source].at[slot, self.blocks(place, 1)]
         return pltpu.make_async_copy(
             self.sources[source].at[page], part, self.semaphores.at[source, slot]
         )

@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpy_oracle
 import pytest
 from op_cases import compiled
-from tpu_cases import CASES, ONE_CORE, case, interpreted, interpreted_strictly
+from tpu_cases import CASES, interpreted, interpreted_strictly
 from triton_cases import assert_close, exact
 
 from pallas_kernels import BlockSelection, sparse_attention

@@ -1,4 +1,4 @@
-"""What the tests of the Mosaic TPU kernels share: calls small enough for interpreters, and targets."""
+"""What the tests of the Mosaic TPU kernels share: small calls, and targets to trace them for."""
 
 import contextlib
 import dataclasses
@@ -18,25 +18,25 @@ SMALL = Case(
 )
 
 
-def case(**changes) -> Case:
+def changed(**changes) -> Case:
     return dataclasses.replace(SMALL, **changes)
 
 
 CASES = {
-    "one head per group, from the first query": case(
+    "one head per group, from the first query": changed(
         per_group=1, query_offset=0, num_queries=70, num_keys=70
     ),
-    "groups of 3, an offset per batch row": case(
+    "groups of 3, an offset per batch row": changed(
         per_group=3, groups=2, batch=2, num_queries=9, query_offset=(4, 130)
     ),
-    "groups of 16, dims and blocks of 128": case(
+    "groups of 16, dims and blocks of 128": changed(
         per_group=16, num_queries=10, num_keys=300, query_offset=250, head_dim=128, block_size=128
     ),
-    "documents with padding behind them": case(
+    "documents with padding behind them": changed(
         num_queries=150, query_offset=0, documents=((0, 60), (64, 100), (128, 145)), top_k=3
     ),
-    "decoding": case(per_group=4, groups=2, batch=2, num_queries=1, query_offset=(149, 70)),
-    "bfloat16": case(per_group=4, dtype="bfloat16", top_k=3),
+    "decoding": changed(per_group=4, groups=2, batch=2, num_queries=1, query_offset=(149, 70)),
+    "bfloat16": changed(per_group=4, dtype="bfloat16", top_k=3),
 }
 
 
