@@ -241,5 +241,6 @@ def visible(tile, first, count, queries: int, block_size: int):
         entry = jnp.minimum(first + place, tile.shape[2] - 1)
         members, block = tile[0, MEMBERS, entry], tile[0, BLOCK, entry]
         member = jnp.right_shift(members, query) & 1
-        parts.append((member == 1) & (reach >= block * block_size))
-    return jnp.concatenate(parts, axis=1)
+        parts.append(jnp.where(member == 1, reach - block * block_size, -1))
+    # Compared behind the join: half a register of booleans cannot be moved along the lanes.
+    return jnp.concatenate(parts, axis=1) >= 0

@@ -1,7 +1,6 @@
 """Gradients of `sparse_attention` on a TPU: interpreted on a CPU, and compiled for every chip."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +105,8 @@ def test_slices_are_longer_where_scalar_memory_would_overflow(monkeypatch):
     ("sizes", "message"),
     [
         ({"queries": 12}, "queries=12"),
-        ({"blocks_per_part": 3}, "blocks_per_step=8: must be a multiple of blocks_per_part=3"),
-        ({"tiles_per_part": 3}, "tiles_per_step=8: must be a multiple of tiles_per_part=3"),
+        ({"blocks_per_part": 3}, "blocks_per_step=16: must be a multiple of blocks_per_part=3"),
+        ({"tiles_per_part": 3}, "tiles_per_step=16: must be a multiple of tiles_per_part=3"),
         ({"tiles_per_slice": 0}, "tiles_per_slice=0"),
     ],
 )
