@@ -152,9 +152,7 @@ def _kernel(
 ):
     i = pl.program_id(1)
     has_next = i < pl.num_programs(1) - 1
-    # A value that no query weighs must still be finite.
-    zeroed = (1,)
-    ring = Ring(now, after, has_next, (k_hbm, v_hbm), (keys, values), semaphores, state, zeroed)
+    ring = Ring(now, after, has_next, (k_hbm, v_hbm), (keys, values), semaphores, state)
     softmax = _Softmax(*sums)
     pl.when(i == 0)(ring.reset)
     softmax.reset()
