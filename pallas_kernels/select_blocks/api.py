@@ -21,11 +21,10 @@ from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 POOLINGS = ("max", "lse", "mean")
 INDEX_PRECISIONS = ("native", "int8")
-# Triton comes behind what always serves, for its kernels have not run on a GPU yet: by name only.
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.select_blocks,
-    "reference": reference.select_blocks,
     "triton": triton.select_blocks,
+    "reference": reference.select_blocks,
 }
 # With a keyword more, page_table.
 PAGED_IMPLEMENTATIONS = {"reference": reference.select_blocks_of_pages}

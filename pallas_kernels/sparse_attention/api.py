@@ -11,12 +11,11 @@ from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 from pallas_kernels.sparse_attention import mosaic_gpu, mosaic_tpu, reference, triton
 
-# Triton comes behind what always serves, for its kernels have not run on a GPU yet: by name only.
 IMPLEMENTATIONS = {
     "mosaic_tpu": mosaic_tpu.sparse_attention,
     "mosaic_gpu": mosaic_gpu.sparse_attention,
-    "reference": reference.sparse_attention,
     "triton": triton.sparse_attention,
+    "reference": reference.sparse_attention,
 }
 # With a keyword more, page_table.
 PAGED_IMPLEMENTATIONS = {"reference": reference.sparse_attention_of_pages}
