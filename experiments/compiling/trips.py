@@ -46,7 +46,7 @@ def _forward(shape: Shape, chip: str, schedule: Section) -> Expected:
     blocks = distinct_blocks(shape, config.queries)
     steps = (blocks + (config.blocks_per_step - 1) / 2) / config.blocks_per_step
     # Where all keys fit into vector memory, XLA puts them there, and no copy is left in the loop.
-    counts = {"Lm0.Lc0": 0.0, "Lm0.L0": 0.0, "Lm0.Lm0": steps}
+    counts = {"Lm0": _tiles(schedule), "Lm0.Lc0": 0.0, "Lm0.L0": 0.0, "Lm0.Lm0": steps}
     # Places of a step without a block are filled with zeros in branches.
     counts["Lm0.Lm0.B*"] = 1 - blocks / (steps * config.blocks_per_step)
     counts |= _last_steps(schedule, "Lm0.Lm0", steps)
@@ -54,6 +54,15 @@ def _forward(shape: Shape, chip: str, schedule: Section) -> Expected:
     rows = 2 * config.queries * shape.num_heads // shape.num_kv_heads
     keys = 2 * blocks * shape.block_size
     return Expected(counts, tiles * (rows + keys) * 2 * shape.head_dim)
+
+
+def _tiles(schedule: Section) -> int:
+    """Steps of the kernel's grid on one core.
+
+    Its loop has two more: one fetches before the first step, one writes behind the last.
+    """
+    (grid,) = (section for section in schedule.parts if section.path == "Lm0")
+    return (grid.trips or 2) - 2
 
 
 def _last_steps(schedule: Section, loop: str, steps: float) -> dict[str, float]:
