@@ -59,6 +59,12 @@ def read_hlo(text: str) -> Contents:
     return Contents(kernels, cycles)
 
 
+def plain_name(instruction: str) -> str:
+    """The name that `pallas_call` was given, without what transformations and XLA put around it."""
+    name = re.sub(r"^(?:(?:transpose|jvp|vmap|checkpoint|remat)_)*", "", instruction)
+    return re.sub(r"_*(?:\.\d+)*$", "", name)
+
+
 def _times(runs: int | None, line: str, computations: Mapping[str, list[str]]) -> int | None:
     """How often what an instruction calls runs, if the instruction runs so often."""
     if " while(" not in line or runs is None:

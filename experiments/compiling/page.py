@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.benchmarking.cases import parse_length
+from experiments.compiling.hlo import plain_name
 from experiments.compiling.machines import MACHINES
 from experiments.compiling.programs import Options, Shape
 from experiments.compiling.record_text import floor_ms, operation_ms
@@ -130,7 +131,7 @@ def _kernels(records: Sequence[Record]) -> str:
 
 
 def _kernel(kernel: Record) -> Iterator[str]:
-    yield f"`{kernel['name'].partition('.')[0]}`"
+    yield f"`{plain_name(kernel['name'])}`"
     yield "?" if kernel["runs"] is None else str(kernel["runs"])
     if "ms" in kernel:
         yield from (_number(kernel["ms"]), _number(kernel["copy_ms"]), kernel["bound"])

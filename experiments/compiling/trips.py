@@ -7,6 +7,7 @@ schedule. Paths of sections are as `python -m experiments.compile_check` prints 
 from collections.abc import Callable
 
 from experiments.compiling.bundles import Section
+from experiments.compiling.hlo import plain_name
 from experiments.compiling.programs import Shape
 from experiments.compiling.timing import Expected
 from pallas_kernels.mosaic_tpu import CHIPS
@@ -89,10 +90,10 @@ def expected(kernel: str, shape: Shape, chip: str, schedule: Section) -> Expecte
     """What is known of a kernel's run; nothing, if it has no entry.
 
     Args:
-      kernel: its name, with or without the number that XLA appends.
+      kernel: the name of its instruction in the compiled text.
       shape: that it was compiled for.
       chip: a key of `pallas_kernels.mosaic_tpu.CHIPS`.
       schedule: all its sections.
     """
-    entry = KERNELS.get(kernel.partition(".")[0])
+    entry = KERNELS.get(plain_name(kernel))
     return entry(shape, chip, schedule) if entry else Expected()

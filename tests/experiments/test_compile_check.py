@@ -12,7 +12,7 @@ from experiments import cli, compile_check
 from experiments.compiling import page, processes, trips
 from experiments.compiling.bundles import Schedule, Section, read_schedule
 from experiments.compiling.dumps import dumping_to, read_dump
-from experiments.compiling.hlo import read_hlo
+from experiments.compiling.hlo import plain_name, read_hlo
 from experiments.compiling.machines import MACHINES
 from experiments.compiling.programs import Shape, parse_shape
 from experiments.compiling.targets import parse_target
@@ -195,6 +195,17 @@ def test_kernels_in_compiled_text_are_counted_with_the_loops_around_them():
     assert read_hlo(known).kernels["scores.2"] == 6
     unknown = HLO.replace("condition=%condition.1", "condition=%endless.1")
     assert read_hlo(unknown).kernels["scores.2"] is None
+
+
+@pytest.mark.parametrize(
+    ("instruction", "name"),
+    [
+        ("select_blocks.1", "select_blocks"),
+        ("transpose_jvp_sparse_attention_query_gradient__.12", "sparse_attention_query_gradient"),
+    ],
+)
+def test_names_of_kernels(instruction, name):
+    assert plain_name(instruction) == name
 
 
 def test_neighbours_share_blocks_and_have_no_more_than_there_are():
