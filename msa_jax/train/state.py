@@ -63,7 +63,9 @@ def abstract_state(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> TrainSt
     """The state's shapes and shardings; allocates nothing."""
     with jax.set_mesh(mesh):
         make = _state_maker(config, mesh)
-        state = jax.eval_shape(make, jax.random.key(config.train.seed))
+        # Not even the key: the mesh's devices may be ones to compile for, that are not there.
+        key = jax.eval_shape(jax.random.key, config.train.seed)
+        state = jax.eval_shape(make, key)
 
     def place(array):
         # A type inside a mesh context carries a spec, or nothing if whole; restoring needs devices.

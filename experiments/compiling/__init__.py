@@ -1,0 +1,1 @@
+"""What `experiments.compile_check` is made of."""
