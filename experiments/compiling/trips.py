@@ -6,6 +6,8 @@ schedule. Paths of sections are as `python -m experiments.compile_check` prints 
 
 from collections.abc import Callable
 
+from pallas_kernels.select_blocks.select_mosaic_tpu import SelectConfig
+
 from experiments.compiling.bundles import Section
 from experiments.compiling.hlo import plain_name
 from experiments.compiling.programs import Shape
@@ -29,6 +31,27 @@ def distinct_blocks(shape: Shape, queries: int) -> float:
     """
     overlap = shape.top_k * (1 + 2.03 / 16 * (queries - 1))
     return min(overlap, shape.length / shape.block_size / 2)
+
+
+def _selection(shape: Shape, chip: str, schedule: Section) -> Expected:
+    """Lm0: tiles of rows; Lm0.Lm0: chunks of keys; Lm0.L0 and Lm0.L1.L0: groups of 8 blocks."""
+    bucket = shape_bucket(shape.num_queries, Di=shape.index_dim, Bk=shape.block_size)
+    place = {"device_kind": CHIPS[chip].device_kind, "dtype": "bfloat16", "bucket": bucket}
+    unroll = tuned("select_blocks.mosaic_tpu", SelectConfig(), **place).unroll
+    (products,) = (section for section in schedule.walk() if section.path == "Lm0.Lm0")
+    key_bytes = 2 * shape.index_dim
+    chunk = products.copied_bytes // key_bytes
+    tiles = _tiles(schedule) * CHIPS[chip].num_cores
+    queries = shape.num_queries * shape.batch // tiles
+    # Own block of a tile's last query: what is before it is scored.
+    offset = shape.length - shape.num_queries + queries - 1
+    starts = (offset + tile * queries % shape.num_queries for tile in range(tiles))
+    own = [slot // shape.block_size for slot in starts]
+    chunks = sum(-(-block * shape.block_size // chunk) for block in own) / tiles
+    groups = sum(-(-(block // 8 + 1) // unroll) for block in own) / tiles
+    counts = {"Lm0": _tiles(schedule), "Lm0.Lm0": chunks, "Lm0.L0": groups, "Lm0.L1.L0": groups}
+    keys = (chunks * chunk + shape.num_kv_heads * queries) * key_bytes
+    return Expected(counts, tiles * keys)
 
 
 def _forward(shape: Shape, chip: str, schedule: Section) -> Expected:
@@ -83,7 +106,10 @@ def _last_steps(schedule: Section, loop: str, steps: float) -> dict[str, float]:
     return shares
 
 
-KERNELS: dict[str, Entry] = {"sparse_attention_forward": _forward}
+KERNELS: dict[str, Entry] = {
+    "select_blocks": _selection,
+    "sparse_attention_forward": _forward,
+}
 
 
 def expected(kernel: str, shape: Shape, chip: str, schedule: Section) -> Expected:
