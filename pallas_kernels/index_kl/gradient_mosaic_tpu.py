@@ -209,12 +209,19 @@ def _index_k_gradient(call, owners, first_slices, now, after, keys, index_keys, 
         queries = call.config.queries
 
         def compute(step, slot, count):
-            gradients = [
-                _of_tile(call, ring, step, slot, place, keys, index_keys, first_slot)
-                for place in range(count)
-            ]
-            gradient = jnp.concatenate(gradients, axis=0).astype(index_keys.dtype)
-            factor = index_q[slot, pl.ds(0, count * queries)].astype(index_keys.dtype)
+            rows = pl.ds(0, count * queries)
+            factor = index_q[slot, rows].astype(index_keys.dtype)
+            block = index_keys[0, 0, 0]
+            s = product(factor, block, 1) * call.scales.index
+            # Of all tiles at once: lanes are broadcast in groups of the same lane.
+            lse = head_lse(statistics[slot, rows], call.scales.heads)
+            gradients = []
+            for place in range(count):
+                own = slice(place * queries, (place + 1) * queries)
+                t = _teacher(call, ring, step, slot, place, keys, [x[own] for x in lse])
+                seen = _seen(call, ring, step, place, t.shape, statistics[slot, own], first_slot)
+                gradients.append(_of_scores(t, s[own], statistics[slot, own], seen))
+            gradient = jnp.concatenate(gradients, axis=0).astype(factor.dtype)
             out_ref[0] += product(gradient.T, factor, 0)
 
         ring.fill()
@@ -222,23 +229,22 @@ def _index_k_gradient(call, owners, first_slices, now, after, keys, index_keys, 
         ring.finish()
 
 
-def _of_tile(call, ring, step, slot, place: int, keys, index_keys, first_slot):
-    """Gradient of the index scores of a step's tile and the owner's keys, [R, Bk]."""
-    q, index_q, statistics = ring.buffers
-    entry = step * call.config.tiles_per_step + place
-    page = ring.now[0, PAGE, entry]
+def _teacher(call, ring, step, slot, place: int, keys, lse):
+    """The teacher of a step's tile, summed over its heads, on the owner's keys: [R, Bk]."""
+    page = ring.now[0, PAGE, step * call.config.tiles_per_step + place]
     group = jax.lax.rem(jax.lax.div(page, call.tiles_per_group), keys.shape[1])
-    queries = pl.ds(place * call.config.queries, call.config.queries)
-    statistic = statistics[slot, queries]
-    lse = head_lse(statistic, call.scales.heads)
-    t = teacher(q[slot, ring.blocks(place, 1)], keys[0, group, 0], lse, call.scales.main)
-    block = index_keys[0, 0, 0]
-    s = product(index_q[slot, queries].astype(block.dtype), block, 1) * call.scales.index
-    query = jax.lax.broadcasted_iota(jnp.int32, t.shape, 0)
-    key = jax.lax.broadcasted_iota(jnp.int32, t.shape, 1)
+    q = ring.buffers[0][slot, ring.blocks(place, 1)]
+    return teacher(q, keys[0, group, 0], lse, call.scales.main)
+
+
+def _seen(call, ring, step, place: int, shape, statistics, first_slot):
+    """Which of the owner's keys each query of a step's tile sees, of `shape` [R, Bk]."""
+    entry = step * call.config.tiles_per_step + place
+    query = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     # A query that is d slots behind the block's first key sees it up to key d.
     seen = key <= ring.now[0, DISTANCE, entry] + query
     seen &= jnp.right_shift(ring.now[0, MEMBERS, entry], query) & 1 == 1
     if call.scales.starts:
-        seen &= first_slot + key >= first_slots(statistic, call.scales)
-    return _of_scores(t, s, statistic, seen)
+        seen &= first_slot + key >= first_slots(statistics, call.scales)
+    return seen

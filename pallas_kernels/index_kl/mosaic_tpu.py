@@ -33,6 +33,8 @@ from pallas_kernels.visibility import visible_block_ids
 
 # The block size of the dense form, whose support has none of its own.
 _DENSE_BLOCK = 128
+# Queries of its tiles, which all see the same blocks.
+_PREFIX_QUERIES = 32
 
 
 class _Options(NamedTuple):
@@ -103,15 +105,16 @@ def index_kl(
 
 
 def _tuned(target: Target, q, k, index_q, block_ids, block_size: int) -> IndexKLConfig:
-    """The tuned shape; while decoding the smallest tile, without a selection a large one."""
-    if q.shape[1] <= MIN_TILE:
-        return IndexKLConfig(queries=MIN_TILE)
+    """The tuned shape; by default large tiles without a selection, the smallest for decoding."""
     sizes = {"G": q.shape[2] // k.shape[2], "D": q.shape[3], "Di": index_q.shape[3]}
     bucket = shape_bucket(q.shape[1], **sizes, Bk=block_size)
     place = {"device_kind": target.chip.device_kind, "dtype": q.dtype.name, "bucket": bucket}
+    kernel, queries = "index_kl.tpu", IndexKLConfig.queries
     if block_ids is None:
-        return tuned("index_kl.tpu_prefix", IndexKLConfig(queries=32), **place)
-    return tuned("index_kl.tpu", IndexKLConfig(), **place)
+        kernel, queries = "index_kl.tpu_prefix", _PREFIX_QUERIES
+    if q.shape[1] <= MIN_TILE:
+        queries = MIN_TILE
+    return tuned(kernel, IndexKLConfig(queries=queries), **place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

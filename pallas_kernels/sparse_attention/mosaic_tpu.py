@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_tpu import Target, current_target
 from pallas_kernels.residuals import named
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention.backward_mosaic_tpu import BackwardConfig, backward
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig, forward
 from pallas_kernels.sparse_attention.tile_lists import tile_lists
 from pallas_kernels.tracing import in_32_bits, refuse_varying
@@ -29,9 +29,11 @@ class SparseAttentionConfig:
 
     Attributes:
       forward: of the forward pass.
+      backward: of the gradients.
     """
 
     forward: TileConfig | None = None
+    backward: BackwardConfig | None = None
 
 
 class _Options(NamedTuple):
@@ -110,7 +112,7 @@ def _forward(options: _Options, q, k, v, block_ids, segment_ids, offsets):
     """Results, and what the backward pass needs."""
     num_queries, groups = q.shape[1], k.shape[2]
     block_size = options.block_size
-    config = options.config.forward or _tuned(options, q, k)
+    config = options.config.forward or _tuned(options, q, k, "forward", TileConfig())
     ids = visible_block_ids(block_ids, segment_ids, offsets, block_size)
     tile = config.queries * options.target.chip.num_cores
     queries = by_group(padded(q, tile), groups)
@@ -131,15 +133,30 @@ def _forward(options: _Options, q, k, v, block_ids, segment_ids, offsets):
     return (o, lse), (q, k, v, block_ids, segment_ids, offsets, o, lse)
 
 
+@in_32_bits
 def _backward(options: _Options, kept, cotangents):
-    q, k, v, block_ids, segment_ids, offsets, *_ = kept
-
-    def attend(q, k, v):
-        place = block_ids, segment_ids, offsets
-        sizes = {"block_size": options.block_size, "scale": options.scale}
-        return reference.sparse_attention(q, k, v, *place, **sizes)
-
-    return *jax.vjp(attend, q, k, v)[1](cotangents), None, None, None
+    q, k, v, block_ids, segment_ids, offsets, o, lse = kept
+    do, d_lse = cotangents
+    block_size = options.block_size
+    config = options.config.backward or _tuned(options, q, k, "backward", BackwardConfig())
+    ids = visible_block_ids(block_ids, segment_ids, offsets, block_size)
+    delta = jnp.einsum("bthd,bthd->bht", o, do, preferred_element_type=jnp.float32) - d_lse
+    keys, values = (by_block(array, block_size) for array in (k, v))
+    dq, dk, dv = backward(
+        q,
+        keys,
+        values,
+        ids,
+        offsets,
+        lse,
+        do,
+        delta,
+        scale=options.scale,
+        config=config,
+        target=options.target,
+    )
+    dk, dv = (_from_blocks(array, k) for array in (dk, dv))
+    return dq, dk, dv, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -157,19 +174,27 @@ def by_block(k: Float[Array, "B S Hkv D"], block_size: int) -> Float[Array, "pag
     return k.swapaxes(1, 2).reshape(-1, block_size, k.shape[3])
 
 
+def _from_blocks(
+    blocks: Float[Array, "pages Bk D"], like: Float[Array, "B S Hkv D"]
+) -> Float[Array, "B S Hkv D"]:
+    """What `by_block` took apart."""
+    batch, num_keys, groups, head_dim = like.shape
+    return blocks.reshape(batch, groups, -1, head_dim).swapaxes(1, 2)[:, :num_keys]
+
+
 def padded(array: Array, multiple: int) -> Array:
     """Zeros behind axis 1 up to a multiple."""
     widths = [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2)
     return jnp.pad(array, widths)
 
 
-def _tuned(options: _Options, q, k) -> TileConfig:
-    """The tuned tile sizes of the forward pass; while decoding the smallest tile."""
+def _tuned[Config](options: _Options, q, k, which: str, default: Config) -> Config:
+    """The tuned tile sizes of a pass, "forward" or "backward"; while decoding the smallest tile."""
     if q.shape[1] <= MIN_TILE:
-        return TileConfig(queries=MIN_TILE)
+        return dataclasses.replace(default, queries=MIN_TILE)  # pyrefly: ignore
     bucket = shape_bucket(
         q.shape[1], G=q.shape[2] // k.shape[2], D=q.shape[3], Bk=options.block_size
     )
     kind = options.target.chip.device_kind
     place = {"device_kind": kind, "dtype": q.dtype.name, "bucket": bucket}
-    return tuned("sparse_attention.tpu_forward", TileConfig(), **place)
+    return tuned(f"sparse_attention.tpu_{which}", default, **place)

@@ -28,7 +28,7 @@ class Ring:
       now: [1, NUM_ROWS, L], the list of this tile, in scalar memory.
       after: the list of the tile that comes next on this core.
       has_next: whether there is one.
-      sources: arrays in HBM, [pages, rows, lanes], such as the keys of a block and its head dim.
+      sources: arrays in HBM, [pages, rows, lanes]; first the keys, [pages, Bk, D].
       buffers: for each source [depth, blocks_per_step * rows, lanes]; depth is a power of two.
       semaphores: [sources, depth].
       state: [2] in scalar memory.
@@ -51,7 +51,7 @@ class Ring:
 
     @property
     def block_size(self) -> int:
-        """Rows of a block in the first source."""
+        """Rows of a block."""
         return self.sources[0].shape[1]
 
     @property
@@ -64,9 +64,10 @@ class Ring:
         """Blocks of this tile."""
         return self.now[0, SCALARS, COUNT]
 
-    def blocks(self, first: int, count: int) -> Any:
-        """Where some of a step's blocks lie in the first source's buffer."""
-        return pl.ds(first * self.block_size, count * self.block_size)
+    def blocks(self, first: int, count: int, source: int = 0) -> Any:
+        """Where some of a step's blocks lie in the buffer of a source."""
+        rows = self.sources[source].shape[1]
+        return pl.ds(first * rows, count * rows)
 
     def num_steps(self, tile: Any) -> jax.Array:
         """Steps of a tile's list."""
@@ -149,17 +150,11 @@ class Ring:
             @pl.when(jnp.logical_not(there))
             def _(place=place):
                 for source in self.zeroed:
-                    part = self._part(source, slot, place)
+                    part = self.buffers[source].at[slot, self.blocks(place, 1, source)]
                     part[...] = jnp.zeros(part.shape, part.dtype)
 
     def _copy(self, source: int, slot: jax.Array, place: int, page: Any):
+        part = self.buffers[source].at[slot, self.blocks(place, 1, source)]
         return pltpu.make_async_copy(
-            self.sources[source].at[page],
-            self._part(source, slot, place),
-            self.semaphores.at[source, slot],
+            self.sources[source].at[page], part, self.semaphores.at[source, slot]
         )
-
-    def _part(self, source: int, slot: jax.Array, place: int):
-        """Where a block arrives."""
-        rows = self.sources[source].shape[1]
-        return self.buffers[source].at[slot, pl.ds(place * rows, rows)]

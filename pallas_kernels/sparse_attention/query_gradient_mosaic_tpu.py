@@ -1,0 +1,166 @@
+"""Gradient of sparse attention in the queries, on a TPU: tiles go through their blocks once more.
+
+As in the forward pass, rows of the matrix products are (head, query) of a tile.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_tpu import LANES, Target, across, product
+from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig, visible
+from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
+from pallas_kernels.sparse_attention.tile_lists import NUM_ROWS
+
+# Rows of a tile's statistics: the log-sum-exp of its scores in units of log2, finite; and what is
+# taken off the gradient of each weight: sum(o * do) less the gradient of the log-sum-exp.
+LSE, DELTA = range(2)
+# As many as a vector register has sublanes, so that a copy of them is whole registers.
+NUM_STATISTICS = 8
+LOG2E = math.log2(math.e)
+
+
+def query_gradient(
+    q: Float[Array, "tiles rows D"],
+    k: Float[Array, "pages Bk D"],
+    v: Float[Array, "pages Bk D"],
+    do: Float[Array, "tiles rows D"],
+    statistics: Float[Array, "tiles 8 lanes"],
+    lists: Int[Array, "tiles 4 L"],
+    *,
+    scale: float,
+    config: TileConfig,
+    target: Target,
+) -> Float[Array, "tiles rows D"]:
+    """The gradient in q, which is q's dtype.
+
+    Args:
+      q: of each tile the rows (head, query); the number of tiles is a multiple of the cores'.
+      k: blocks of keys of one head each.
+      v: their values.
+      do: gradient of the output.
+      statistics: of each row of a tile, at LSE and DELTA.
+      lists: of `tile_lists`.
+      scale: of the scores, positive.
+      config: tile sizes.
+      target: what the kernel is traced for.
+    """
+    num_tiles, num_rows, head_dim = q.shape
+    cores = target.chip.num_cores
+    per_core = num_tiles // cores
+
+    def this(core, i):
+        return core * per_core + i, 0, 0
+
+    def following(core, i):
+        return core * per_core + jnp.minimum(i + 1, per_core - 1), 0, 0
+
+    list_block = 1, NUM_ROWS, lists.shape[2]
+    rows = pl.BlockSpec((1, num_rows, head_dim), this)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    keys_per_step = config.blocks_per_step * k.shape[1]
+    buffer = pltpu.VMEM((config.depth, keys_per_step, head_dim), k.dtype)
+    replicated = pltpu.VMEM((num_rows, LANES), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_kernel, scale=scale, config=config),
+        grid=(cores, per_core),
+        in_specs=[
+            pl.BlockSpec(list_block, this, memory_space=pltpu.SMEM),
+            pl.BlockSpec(list_block, following, memory_space=pltpu.SMEM),
+            rows,
+            rows,
+            pl.BlockSpec((1, *statistics.shape[1:]), this),
+            hbm,
+            hbm,
+        ],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_shapes=[
+            buffer,
+            buffer,
+            pltpu.SemaphoreType.DMA((2, config.depth)),
+            pltpu.SMEM((2,), jnp.int32),
+            pltpu.VMEM((num_rows, head_dim), jnp.float32),
+            replicated,
+            replicated,
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=target.chip.vmem_bytes // 2,
+        ),
+        interpret=target.interpret,
+        name="sparse_attention_query_gradient",
+    )(lists, lists, q, do, statistics, k, v)
+
+
+def _kernel(
+    now,
+    after,
+    q_ref,
+    do_ref,
+    statistics,
+    k_hbm,
+    v_hbm,
+    dq_ref,
+    keys,
+    values,
+    semaphores,
+    state,
+    acc,
+    lse,
+    delta,
+    *,
+    scale,
+    config,
+):
+    i = pl.program_id(1)
+    # Both are multiplied by a weight of 0 where a step has no block.
+    ring = Ring(
+        now,
+        after,
+        i < pl.num_programs(1) - 1,
+        (k_hbm, v_hbm),
+        (keys, values),
+        semaphores,
+        state,
+        (0, 1),
+    )
+    pl.when(i == 0)(ring.reset)
+    q, do = q_ref[0], do_ref[0]
+    num_rows = q.shape[0]
+    acc[...] = jnp.zeros(acc.shape, jnp.float32)
+    columns = statistics[0].T
+    for row, ref in ((LSE, lse), (DELTA, delta)):
+        ref[...] = jnp.broadcast_to(columns[:num_rows, row : row + 1], ref.shape)
+    ring.fill()
+
+    def add(step, parts):
+        """The first parts of a step: one's products run under another's exponentials."""
+        for part in range(parts):
+            first = part * config.blocks_per_part
+            taken = ring.slot(step), ring.blocks(first, config.blocks_per_part)
+            s = product(q, keys[taken], 1) * (scale * LOG2E)
+            weights = jnp.exp2(s - across(lse[...], s.shape[1]))
+            ds = weights * (product(do, values[taken], 1) - across(delta[...], s.shape[1]))
+            entry = step * config.blocks_per_step + first
+            seen = visible(now, entry, config.blocks_per_part, config.queries, ring.block_size)
+            ds = jnp.where(seen, ds.reshape(-1, *seen.shape), 0).reshape(s.shape)
+            acc[...] += product(ds.astype(keys.dtype), keys[taken], 0)
+
+    def body(step, _):
+        ring.advance(step)
+        ring.wait(step)
+        left = jnp.minimum(ring.count - step * config.blocks_per_step, config.blocks_per_step)
+        sizes = range(1, config.blocks_per_step // config.blocks_per_part + 1)
+        branches = [functools.partial(add, step, parts) for parts in sizes]
+        jax.lax.switch(jax.lax.div(left - 1, config.blocks_per_part), branches)
+
+    jax.lax.fori_loop(0, ring.num_steps(now), body, None)
+    ring.finish()
+    dq_ref[0] = (acc[...] * scale).astype(dq_ref.dtype)
