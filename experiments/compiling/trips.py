@@ -6,13 +6,12 @@ schedule. Paths of sections are as `python -m experiments.compile_check` prints 
 
 from collections.abc import Callable
 
-from pallas_kernels.select_blocks.select_mosaic_tpu import SelectConfig
-
 from experiments.compiling.bundles import Section
 from experiments.compiling.hlo import plain_name
 from experiments.compiling.programs import Shape
 from experiments.compiling.timing import Expected
 from pallas_kernels.mosaic_tpu import CHIPS
+from pallas_kernels.select_blocks.select_mosaic_tpu import SelectConfig
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig
 from pallas_kernels.tuning import shape_bucket, tuned
 

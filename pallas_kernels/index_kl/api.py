@@ -14,11 +14,12 @@ from pallas_kernels.checks import (
     check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.index_kl import mosaic_gpu, reference, triton
+from pallas_kernels.index_kl import mosaic_gpu, mosaic_tpu, reference, triton
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 IMPLEMENTATIONS = {
+    "mosaic_tpu": mosaic_tpu.index_kl,
     "mosaic_gpu": mosaic_gpu.index_kl,
     "triton": triton.index_kl,
     "reference": reference.index_kl,

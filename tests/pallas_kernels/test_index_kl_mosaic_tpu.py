@@ -1,0 +1,255 @@
+"""`index_kl` on a TPU: interpreted on a CPU, and compiled for every chip."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_oracle
+import pytest
+from op_cases import compiled
+from test_index_kl_triton import cotangents, expected_gradients
+from tpu_cases import CASES, SMALL, changed, interpreted, interpreted_strictly
+from triton_cases import assert_close, exact
+
+from pallas_kernels import BlockSelection, index_kl
+from pallas_kernels.ahead_of_time_tpu import compile_for_tpu
+from pallas_kernels.index_kl import mosaic_tpu
+from pallas_kernels.index_kl.tiles_mosaic_tpu import IndexKLConfig
+from pallas_kernels.mosaic_tpu import CHIPS
+from pallas_kernels.sparse_attention.reverse_tiles import reverse_tiles
+from pallas_kernels.tuning import trying
+
+# Documents that start inside a block, as they may without a selection.
+PREFIX_CASES = {
+    "from the first query": changed(per_group=4, query_offset=0, num_queries=50, num_keys=50),
+    "an offset per batch row": changed(groups=2, batch=2, num_queries=9, query_offset=(4, 130)),
+    "documents with padding behind them": changed(
+        num_queries=300,
+        num_keys=300,
+        query_offset=0,
+        documents=((0, 150), (170, 200), (200, 290)),
+        index_dim=128,
+    ),
+    "bfloat16": changed(dtype="bfloat16"),
+}
+
+
+# Little to unroll; lists of several slices and steps with room left.
+SMALL_TILES = {
+    "queries": 8,
+    "blocks_per_step": 4,
+    "blocks_per_part": 2,
+    "tiles_per_step": 2,
+    "tiles_per_part": 1,
+    "tiles_per_slice": 4,
+    "depth": 2,
+}
+
+
+# A document of a few blocks, one that ends inside a block, and padding.
+PACKED = changed(num_queries=150, query_offset=0, documents=((0, 100), (128, 145)), top_k=3)
+
+
+def align(case, block_ids, main_lse, q, k, index_q, index_k):
+    selection = None
+    if block_ids is not None:
+        selection = BlockSelection(jnp.asarray(block_ids), case.block_size)
+    return tuple(
+        index_kl(
+            *(q, k, index_q, index_k, selection),
+            main_lse=main_lse,
+            implementation="mosaic_tpu",
+            **case.place(),
+        )
+    )
+
+
+def assert_as_oracle(case, block_ids, *, lse_given=False, tiles=SMALL_TILES):
+    q, k, v = case.main_inputs()
+    index_q, index_k = case.index_inputs()
+    mask, arguments = case.mask(block_ids), exact(q, k, index_q, index_k)
+    seen = mask.any(-1)
+    d_kl, d_index_lse = cotangents(case, seen)
+    main_lse = None
+    if lse_given:
+        main_lse = jnp.asarray(numpy_oracle.attention(*exact(q, k, v), mask)[1], jnp.float32)
+
+    def run(inputs, main_lse, cotangents):
+        results, pullback = jax.vjp(functools.partial(align, case, block_ids, main_lse), *inputs)
+        return results, pullback(cotangents)
+
+    kernel = "index_kl.tpu_prefix" if block_ids is None else "index_kl.tpu"
+    with trying(kernel, tiles):
+        results, (dq, dk, *gradients) = compiled(run)(
+            (q, k, index_q, index_k),
+            main_lse,
+            (jnp.asarray(d_kl, jnp.float32), jnp.asarray(d_index_lse, jnp.float32)),
+        )
+    for actual, wanted in zip(results, numpy_oracle.index_kl(*arguments, mask), strict=True):
+        # Nothing is rounded on the way to the results.
+        assert_close(actual, wanted, "float32")
+    assert not np.asarray(results[0])[~seen].any()
+    assert not np.asarray(dq).any()
+    assert not np.asarray(dk).any()
+    wanted = expected_gradients(case, mask, arguments, d_kl, d_index_lse)
+    for actual, gradient in zip(gradients, wanted, strict=True):
+        assert actual.dtype == case.dtype
+        assert_close(actual, gradient, case.dtype)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_value_and_gradients(case):
+    with interpreted():
+        assert_as_oracle(case, case.block_ids())
+
+
+@pytest.mark.parametrize("case", PREFIX_CASES.values(), ids=PREFIX_CASES)
+def test_value_and_gradients_of_the_causal_prefix(case):
+    with interpreted():
+        assert_as_oracle(case, None)
+
+
+def test_log_sum_exp_of_the_main_scores_is_taken_as_it_is():
+    """One that is too large by log 2 halves the teacher."""
+    case = changed(num_queries=9)
+    arguments = *case.main_inputs()[:2], *case.index_inputs()
+    mask = case.mask(None)
+    _, lse = numpy_oracle.attention(*exact(*case.main_inputs()), mask)
+    with interpreted(), trying("index_kl.tpu_prefix", SMALL_TILES):
+        halved, _ = compiled(functools.partial(align, case, None))(
+            jnp.asarray(lse + np.log(2), jnp.float32), *arguments
+        )
+    kl, _ = numpy_oracle.index_kl(*exact(*arguments), mask)
+    np.testing.assert_allclose(halved, (kl - np.log(2)) / 2, atol=1e-6)
+
+
+def test_default_tiles():
+    with interpreted():
+        assert_as_oracle(SMALL, SMALL.block_ids(), tiles={}, lse_given=True)
+
+
+@pytest.mark.parametrize("case", [CASES["bfloat16"], PACKED], ids=["bfloat16", "packed"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_without_races_and_in_memory_of_nan(case, prefix):
+    with interpreted_strictly():
+        assert_as_oracle(case, None if prefix else case.block_ids(), lse_given=True)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_gradients_of_a_querys_scores_sum_to_zero(prefix):
+    """Index keys that are unit vectors make a query's gradient that of its scores."""
+    case = changed(num_queries=30, num_keys=64, query_offset=34, top_k=1)
+    q, k, _ = case.main_inputs()
+    scores = jnp.asarray(case.normal(7, case.num_queries, 1, case.num_keys), jnp.float32)
+    one_hot = jnp.eye(case.num_keys)[None]
+    block_ids = None if prefix else case.block_ids()
+
+    def gradient(scores):
+        return jax.grad(lambda x: align(case, block_ids, None, q, k, x, one_hot)[0].sum())(scores)
+
+    kernel = "index_kl.tpu_prefix" if prefix else "index_kl.tpu"
+    with interpreted(), trying(kernel, SMALL_TILES):
+        actual = np.asarray(compiled(gradient)(scores))
+    np.testing.assert_allclose(actual.sum(-1), 0, atol=2e-6)
+    arguments = exact(q, k, scores, one_hot)
+    weights = np.ones((1, 1, case.num_queries))
+    wanted, _ = numpy_oracle.index_kl_gradients(*arguments, case.mask(block_ids), weights)
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+    assert np.abs(actual).max() > 0.01
+
+
+def test_student_that_rules_out_what_the_teacher_attends_to():
+    """The divergence of scores in the thousands is large and finite, and so are gradients."""
+    case = changed(num_queries=10)
+    q, k, _ = case.main_inputs()
+    index_q, index_k = case.index_inputs()
+    arguments = q, k, index_q * 256, index_k * 8
+
+    def run(*arguments):
+        return jax.value_and_grad(lambda *x: align(case, None, None, *x)[0].sum(), (2, 3))(
+            *arguments
+        )
+
+    with interpreted(), trying("index_kl.tpu_prefix", SMALL_TILES):
+        value, gradients = compiled(run)(*arguments)
+    assert value > 10000
+    assert all(np.isfinite(x).all() for x in gradients)
+    mask = case.mask(None)
+    wanted = numpy_oracle.index_kl_gradients(*exact(*arguments), mask, np.ones(mask.shape[:3]))
+    for actual, gradient in zip(gradients, wanted, strict=True):
+        assert_close(actual, gradient, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 32}, "head_dim of 64 or 128"),
+        ({"index_dim": 32}, "index dim of 64 or 128"),
+        ({"block_size": 16}, "block_size of 64 or 128"),
+        ({"dtype": "float16"}, "bfloat16 or all in float32"),
+    ],
+)
+def test_refuses(changes, reason):
+    case = changed(num_queries=1, **changes)
+    with interpreted(), pytest.raises(NotImplementedError, match=reason):
+        align(case, case.block_ids(), None, *case.main_inputs()[:2], *case.index_inputs())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("queries", 12),
+        ("depth", 3),
+        ("blocks_per_part", 3),
+        ("blocks_per_step", 6),
+        ("tiles_per_step", 6),
+        ("tiles_per_slice", 100),
+    ],
+)
+def test_config_names_the_field_that_is_wrong(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        IndexKLConfig(**{field: value})
+
+
+def gradients(num_queries, prefix):
+    """The value and gradients of a large call, and its arguments."""
+    arguments = [
+        jax.ShapeDtypeStruct((1, num_queries, *shape), "bfloat16")
+        for shape in ((64, 128), (4, 128), (4, 128), (128,))
+    ]
+    arguments.append(jax.ShapeDtypeStruct((1, 4, num_queries, 16), "int32"))
+
+    def run(q, k, index_q, index_k, block_ids):
+        selection = None if prefix else BlockSelection(block_ids, 128)
+
+        def loss(index_q, index_k):
+            return index_kl(q, k, index_q, index_k, selection, implementation="mosaic_tpu").kl.sum()
+
+        return jax.value_and_grad(loss, (0, 1))(index_q, index_k)
+
+    return run, arguments
+
+
+def unsorted(*args, **sizes):
+    """Lists of the right size: XLA's sort of them takes half a minute to compile."""
+    shapes = jax.eval_shape(functools.partial(reverse_tiles, **sizes), *args)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_compiles(chip, prefix, monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "reverse_tiles", unsorted)
+    run, arguments = gradients(4096, prefix)
+    text = compile_for_tpu(run, *arguments, chip=chip).as_text()
+    for kernel in ("main_lse", "divergence", "index_q_gradient", "index_k_gradient"):
+        assert f"index_kl_{kernel}" in text
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_memory_of_a_long_sequence(prefix, monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "reverse_tiles", unsorted)
+    run, arguments = gradients(32768, prefix)
+    memory = compile_for_tpu(run, *arguments, chip="v5p").memory_analysis()
+    assert memory.temp_size_in_bytes < 2e9
