@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from msa_jax.config import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 type MeshAxes = str | tuple[str, ...] | None
 
@@ -29,6 +29,7 @@ class ShardingRules:
 
     Attributes:
       batch: rows of activations.
+      sequence: tokens of a row of activations; attention gathers the keys.
       embed: the d_model axis of parameters; gathered before use (ZeRO-3 style).
       heads: query heads, KV heads and index heads.
       mlp: feed-forward width.
@@ -37,6 +38,7 @@ class ShardingRules:
     """
 
     batch: MeshAxes = ("data", "fsdp", "expert")
+    sequence: MeshAxes = "context"
     embed: MeshAxes = "fsdp"
     heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
@@ -103,7 +105,8 @@ def make_mesh(
     """An explicit mesh over all devices.
 
     Args:
-      sizes: devices per axis of `MESH_AXES`; one may be -1 for all that remain.
+      sizes: devices per axis of `MESH_AXES`; one may be -1 for all that remain, and those left
+        out have one.
       devices: all of them by default.
 
     Raises:
@@ -112,7 +115,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     known = math.prod(size for size in sizes.values() if size != -1)
     rest, remainder = divmod(len(devices), known)
-    resolved = {axis: rest if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
+    resolved = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    resolved = {axis: rest if size == -1 else size for axis, size in resolved.items()}
     if remainder or math.prod(resolved.values()) != len(devices):
         raise ConfigError(
             f"mesh={dict(sizes)}: does not divide the {len(devices)} devices there are; set one "
@@ -152,14 +156,21 @@ def parameter_shardings(variables: nnx.State, mesh: jax.sharding.Mesh) -> nnx.St
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """Host arrays [B, T] of this process as global arrays, rows split over the batch axes.
+    """Host arrays [B, T] of this process as global arrays, split over batch and sequence axes.
 
     Raises:
-      ConfigError: the mesh axes that split the batch do not divide its rows.
+      ConfigError: the mesh axes that split the batch do not divide its rows, or those that split
+        the sequence do not divide its length or the devices of a process.
     """
-    spec = RULES.spec("batch", None, mesh_axes=mesh.axis_names)
-    parts = math.prod(mesh.shape[name] for name in axis_names(spec[0]))
-    rows = len(next(iter(batch.values()))) * jax.process_count()
+    spec = RULES.spec("batch", "sequence", mesh_axes=mesh.axis_names)
+    parts, pieces = (math.prod(mesh.shape[name] for name in axis_names(axes)) for axes in spec)
+    rows, length = next(iter(batch.values())).shape
+    rows *= jax.process_count()
+    if length % pieces or jax.local_device_count() % pieces:
+        raise ConfigError(
+            f"mesh.{spec[1]}={pieces}: does not divide data.sequence_length={length} or the "
+            f"{jax.local_device_count()} devices of a process; choose a divisor of both"
+        )
     if rows % parts:
         raise ConfigError(
             f"data.batch_size={rows}: is not divisible by the {parts} devices of mesh axes "

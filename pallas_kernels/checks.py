@@ -4,8 +4,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+# Keys may be pages: then what is checked is the shape of the array that they stand for.
+type Shaped = Array | jax.ShapeDtypeStruct
 
-def check_heads(q: Array, k: Array, v: Array | None = None) -> None:
+
+def check_heads(q: Array, k: Shaped, v: Shaped | None = None) -> None:
     """Raises ValueError unless q is [B, T, Hq, D], k and v [B, S, Hkv, D] and Hkv divides Hq."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
@@ -25,7 +28,7 @@ def check_heads(q: Array, k: Array, v: Array | None = None) -> None:
         raise ValueError(f"v is {v.shape}, it must have the shape of k, {k.shape}")
 
 
-def check_index(index_q: Array, index_k: Array) -> None:
+def check_index(index_q: Array, index_k: Shaped) -> None:
     """Raises ValueError unless index_q is [B, T, Hkv, Di] and index_k is [B, S, Di]."""
     ranks = (index_q.ndim, index_k.ndim) == (4, 3)
     if not ranks or index_q.shape[::3] != index_k.shape[::2]:
@@ -49,7 +52,7 @@ def check_index_fits(index_q: Array, index_k: Array, q: Array, k: Array) -> None
         )
 
 
-def check_selection(block_ids: Array, q: Array, k: Array) -> None:
+def check_selection(block_ids: Array, q: Array, k: Shaped) -> None:
     """Raises ValueError unless block_ids is [B, Hkv, T, K] for these queries and keys."""
     expected = (q.shape[0], k.shape[2], q.shape[1])
     if block_ids.ndim != 4 or block_ids.shape[:3] != expected:
@@ -79,7 +82,7 @@ def _check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size={block_size} must be >= 1")
 
 
-def check_slots(q: Array, k: Array, segment_ids: Array | None, query_offset: int | Array) -> None:
+def check_slots(q: Array, k: Shaped, segment_ids: Array | None, query_offset: int | Array) -> None:
     """Raises ValueError unless all queries sit in key slots and segment_ids is [B, S].
 
     Args:

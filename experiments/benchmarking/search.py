@@ -13,7 +13,6 @@ from experiments.benchmarking.timing import jax_chain, repeat
 from msa_jax.config import ConfigError
 from pallas_kernels import select_blocks, tuning
 from pallas_kernels.ahead_of_time import compile_for_h100
-from pallas_kernels.sparse_attention.backward import BackwardConfig
 from pallas_kernels.sparse_attention.mosaic_gpu import SparseAttentionConfig
 from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention as attend_by_kernels
 
@@ -151,7 +150,7 @@ def _op(
             0,
             block_size=case.block_size,
             scale=case.head_dim**-0.5,
-            config=SparseAttentionConfig(scheme, backward=BackwardConfig()),
+            config=SparseAttentionConfig(scheme),
         )
 
     def differentiate(q, k, v, block_ids):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from msa_jax.config import AttentionConfig
+from msa_jax.sharding import constrain
 from pallas_kernels import BlockSelection, main_block_mass
 
 
@@ -70,6 +71,8 @@ def selection_metrics(
 
 def _union(selected: Array, chose: Array, neighbours: int) -> Float[Array, ""]:
     """Mean number of distinct blocks over aligned runs of queries that all had a choice."""
+    selected = constrain(selected, "batch", "heads", None, None)
+    chose = constrain(chose, "batch", "heads", None)
     runs = selected.shape[2] // neighbours
     if runs == 0:
         return jnp.zeros(())

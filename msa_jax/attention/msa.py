@@ -66,8 +66,10 @@ class IndexBranch(nnx.Module):
         """Index queries and keys, normed and rotated; x gets no gradient from them."""
         if self.config.detach_index_input:
             x = jax.lax.stop_gradient(x)
-        index_q = project("btm,mhi->bthi", x, self.q, self.dtype, "batch", None, "heads", None)
-        index_k = project("btm,mi->bti", x, self.k, self.dtype, "batch", None, None)
+        index_q = project(
+            "btm,mhi->bthi", x, self.q, self.dtype, "batch", "sequence", "heads", None
+        )
+        index_k = project("btm,mi->bti", x, self.k, self.dtype, "batch", "sequence", None)
         if self.q_norm is not None and self.k_norm is not None:
             index_q, index_k = self.q_norm(index_q), self.k_norm(index_k)
         rope = {"rope_dim": self.config.index_rope_dim, "theta": self.config.rope_theta}

@@ -61,7 +61,7 @@ class Projections(nnx.Module):
         self, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hkv D"], Float[Array, "B T Hkv D"]]:
         """q, k and v, the first two normed and rotated."""
-        axes = ("batch", None, "heads", None)
+        axes = ("batch", "sequence", "heads", None)
         q, k, v = (
             project("btm,mhd->bthd", x, w, self.dtype, *axes) for w in (self.q, self.k, self.v)
         )
@@ -72,7 +72,7 @@ class Projections(nnx.Module):
 
     def output(self, o: Float[Array, "B T Hq D"]) -> Float[Array, "B T M"]:
         """The heads' outputs, mixed back to the model's width."""
-        return project("bthd,hdm->btm", o, self.o, self.dtype, "batch", None, None)
+        return project("bthd,hdm->btm", o, self.o, self.dtype, "batch", "sequence", None)
 
 
 def default_positions(

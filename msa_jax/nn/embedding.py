@@ -39,11 +39,11 @@ class Embedding(nnx.Module):
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
         """The tokens' vectors."""
         table = weight(self.table, self.dtype)
-        return table.at[tokens].get(mode="clip", out_sharding=out_spec("batch", None, None))
+        return table.at[tokens].get(mode="clip", out_sharding=out_spec("batch", "sequence", None))
 
     def decode(self, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
         """Logits over the vocabulary, float32."""
-        axes = ("batch", None, "vocab")
+        axes = ("batch", "sequence", "vocab")
         if self.head is None:
             logits = project("btm,vm->btv", x, self.table, self.dtype, *axes)
         else:

@@ -65,8 +65,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         """The layer's output, in x's dtype."""
-        gate = project("btm,mf->btf", x, self.gate, self.dtype, "batch", None, "mlp")
-        up = project("btm,mf->btf", x, self.up, self.dtype, "batch", None, "mlp")
+        gate = project("btm,mf->btf", x, self.gate, self.dtype, "batch", "sequence", "mlp")
+        up = project("btm,mf->btf", x, self.up, self.dtype, "batch", "sequence", "mlp")
         hidden = gated(gate, up, self.activation)
-        y = project("btf,fm->btm", hidden, self.down, self.dtype, "batch", None, None)
+        y = project("btf,fm->btm", hidden, self.down, self.dtype, "batch", "sequence", None)
         return y.astype(x.dtype)

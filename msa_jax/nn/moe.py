@@ -1,7 +1,7 @@
 """Dropless mixture of experts with shared experts.
 
 Tokens are sorted by expert and each expert multiplies its own rows, however many: no capacity, so
-nothing is dropped. Over the mesh, rows of the batch and experts are split; every device gathers the
+nothing is dropped. Over the mesh, tokens and experts are split; every device gathers the
 tokens of its expert group, serves the experts it holds, and scatters the partial sums back.
 """
 
@@ -34,7 +34,7 @@ class MoEOutput(NamedTuple):
 class _Axes(NamedTuple):
     """Mesh axes in force inside the layer's `shard_map`; all empty without a mesh."""
 
-    batch: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ()
 
@@ -131,13 +131,14 @@ class MoE(nnx.Module):
 
     def _sharded(self, arrays, mesh_axes):
         """`_local` on every device's rows and experts."""
-        batch, experts, mlp = (
-            RULES.spec(axis, mesh_axes=mesh_axes)[0] for axis in ("batch", "experts", "mlp")
+        batch, sequence, experts, mlp = RULES.spec(
+            "batch", "sequence", "experts", "mlp", mesh_axes=mesh_axes
         )
         inward, outward = PartitionSpec(experts, None, mlp), PartitionSpec(experts, mlp, None)
-        rows, whole = PartitionSpec(batch, None, None), PartitionSpec()
-        axes = _Axes(*(axis_names(axis) for axis in (batch, experts, mlp)))
-        in_specs = (rows, PartitionSpec(batch, None), whole, whole, inward, inward, outward)
+        rows, whole = PartitionSpec(batch, sequence, None), PartitionSpec()
+        tokens = axis_names(batch) + axis_names(sequence)
+        axes = _Axes(tokens, axis_names(experts), axis_names(mlp))
+        in_specs = (rows, PartitionSpec(batch, sequence), whole, whole, inward, inward, outward)
         return jax.shard_map(
             lambda *local: self._local(*local, axes=axes),
             in_specs=in_specs,
@@ -162,7 +163,7 @@ class MoE(nnx.Module):
         experts = jnp.where((experts >= 0) & (experts < held), experts, held)
         order = jnp.argsort(experts, stable=True)
         group_sizes = jnp.bincount(experts, length=held + 1)[:held].astype(jnp.int32)
-        served = _sum_over(group_sizes.sum(), axes.batch)
+        served = _sum_over(group_sizes.sum(), axes.tokens)
         aux["dropped_tokens"] = aux["expert_load"].sum() - served.astype(jnp.float32)
 
         def ffn(rows, matmul):
@@ -196,16 +197,16 @@ def _report(
 ) -> dict[str, Array]:
     """Load, entropy and balance loss over the tokens of all devices."""
     one_hot = jax.nn.one_hot(routing.experts, config.num_experts, dtype=jnp.float32).sum(1)
-    load = _sum_over((one_hot * real[:, None]).sum(0), axes.batch)
-    count = jnp.maximum(_sum_over(real.sum(dtype=jnp.float32), axes.batch), 1)
+    load = _sum_over((one_hot * real[:, None]).sum(0), axes.tokens)
+    count = jnp.maximum(_sum_over(real.sum(dtype=jnp.float32), axes.tokens), 1)
     p = routing.distribution
     entropy = -(p * jnp.log(jnp.maximum(p, 1e-30))).sum(-1)
     aux = {
         "expert_load": load,
-        "router_entropy": _sum_over((entropy * real).sum(), axes.batch) / count,
+        "router_entropy": _sum_over((entropy * real).sum(), axes.tokens) / count,
     }
     if config.router == "softmax":
-        share = _sum_over((p * real[:, None]).sum(0), axes.batch) / count
+        share = _sum_over((p * real[:, None]).sum(0), axes.tokens) / count
         aux["balance_loss"] = config.num_experts * (load / (count * config.top_k) * share).sum()
     return aux
 

@@ -167,12 +167,15 @@ class MeshConfig:
       fsdp: splits the batch, and parameters and optimizer state too.
       tensor: splits heads, feed-forward width and vocabulary.
       expert: splits the batch, and the experts.
+      context: splits the sequence, for rows that are too long for a device. Each gathers the keys
+        of all.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    context: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -168,8 +168,8 @@ def _split(batch: Batch, parts: int) -> dict[str, Array]:
 
     def split(rows):
         shape = (rows.shape[0] // parts, parts, rows.shape[1])
-        return jax.lax.reshape(rows, shape, out_sharding=out_spec("batch", None, None)).swapaxes(
-            0, 1
-        )
+        return jax.lax.reshape(
+            rows, shape, out_sharding=out_spec("batch", None, "sequence")
+        ).swapaxes(0, 1)
 
     return jax.tree.map(split, dict(batch))

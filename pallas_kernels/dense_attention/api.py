@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.checks import check_heads, check_slots
 from pallas_kernels.dense_attention import cudnn, reference
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.sharding import shard_over_batch_and_heads
+from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 IMPLEMENTATIONS = {
     "cudnn": cudnn.dense_attention,
@@ -59,9 +59,9 @@ def dense_attention(
     def local(*arrays):
         return run(*arrays, window=window, scale=scale, return_lse=return_lse)
 
-    layouts = ("b.h.", "b.h.", "b.h.", "b.", "b")
-    outputs = ("b.h.", "bh.") if return_lse else ("b.h.",)
-    results = shard_over_batch_and_heads(local, layouts, outputs)(
+    layouts = ("bqh.", "b.h.", "b.h.", "b.", "o")
+    outputs = ("bqh.", "bhq") if return_lse else ("bqh.",)
+    results = shard_over_batch_heads_and_queries(local, layouts, outputs)(
         q, k, v, segment_ids, query_offset
     )
     if return_lse:

@@ -16,14 +16,13 @@ from pallas_kernels.checks import (
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.index_kl import mosaic_gpu, mosaic_tpu, reference, triton
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import shard_over_batch_and_heads
+from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
-# The kernels come behind what always serves, for they have not run on a GPU yet: by name only.
 IMPLEMENTATIONS = {
     "mosaic_tpu": mosaic_tpu.index_kl,
-    "reference": reference.index_kl,
     "mosaic_gpu": mosaic_gpu.index_kl,
     "triton": triton.index_kl,
+    "reference": reference.index_kl,
 }
 
 
@@ -95,8 +94,8 @@ def index_kl(
             index_scale=1 / math.sqrt(index_q.shape[-1]) if index_scale is None else index_scale,
         )
 
-    layouts = ("b.h.", "b.h.", "b.h.", "b..", "bh..", "b.", "b", "bh.")
-    sharded = shard_over_batch_and_heads(local, layouts, ("bh.", "bh."))
+    layouts = ("bqh.", "b.h.", "bqh.", "b..", "bhq.", "b.", "o", "bhq")
+    sharded = shard_over_batch_heads_and_queries(local, layouts, ("bhq", "bhq"))
     place = block_ids, segment_ids, query_offset
     return IndexKL(*sharded(q, k, index_q, index_k, *place, main_lse))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.index_kl.tiles import TILE_QUERIES, Tiles, by_row, dense_tiles, selected_tiles
 from pallas_kernels.index_kl.tiles_mosaic_gpu import STEP_ROWS, TEACHER_SHIFT, Scales, TileInputs
-from pallas_kernels.sparse_attention.reverse_index import row_length
+from pallas_kernels.sparse_attention.reverse_index import max_row_length, row_length
 from pallas_kernels.visibility import visible_block_ids
 
 _LOG2_E = math.log2(math.e)
@@ -115,7 +115,7 @@ def cut(
       call: see there.
       result_bytes: that a kernel writes per tile.
       chunk_bytes: that a chunk's results and its queries' copies by row may take.
-      queries_per_row: None for what `row_length` chooses; of no use without block ids.
+      queries_per_row: None for twice what `row_length` chooses; of no use without block ids.
 
     Returns:
       The call, whose block ids now fill the last chunk, and the chunks.
@@ -128,7 +128,7 @@ def cut(
         row_bytes = call.batch * groups * (call.num_blocks * result_bytes + row_tile_bytes)
     else:
         top_k = call.block_ids.shape[3]
-        row = queries_per_row or row_length(call.num_queries, call.num_blocks, top_k)
+        row = queries_per_row or _row_length(call, top_k)
         entries = row * top_k * groups * call.batch
         tiles = -(-entries // TILE_QUERIES) + min(call.num_key_blocks * groups, entries)
         row_bytes = tiles * (result_bytes + row_tile_bytes)
@@ -141,6 +141,14 @@ def cut(
         block_ids = jnp.pad(call.block_ids, padding, constant_values=-1)
         call = call._replace(block_ids=block_ids)
     return call, Chunks(number, length, row)
+
+
+def _row_length(call: Call, top_k: int) -> int:
+    """Twice as long as for tiles of fewer queries: half-full tiles become fewer."""
+    row = row_length(call.num_queries, call.num_blocks, top_k)
+    if row >= call.num_queries:
+        return row
+    return min(2 * row, max_row_length(call.num_blocks, top_k))
 
 
 def chunk_tiles(call: Call, chunks: Chunks, start: Int[Array, ""]) -> Tiles:

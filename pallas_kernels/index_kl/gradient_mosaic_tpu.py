@@ -191,10 +191,8 @@ def _index_k_gradient(call, owners, first_slices, now, after, keys, index_keys, 
     *sources, out_ref, q, index_q, statistics, semaphores, state = refs
     core, i = pl.program_id(0), pl.program_id(1)
     number, end = first_slices[core] + i, first_slices[core + 1]
-    # A gradient of 0 multiplies the index queries of a tile that is not there.
-    zeroed = (1,)
     buffers = q, index_q, statistics
-    ring = Ring(now, after, number + 1 < end, tuple(sources), buffers, semaphores, state, zeroed)
+    ring = Ring(now, after, number + 1 < end, tuple(sources), buffers, semaphores, state)
     pl.when(i == 0)(ring.reset)
 
     @pl.when(number < end)

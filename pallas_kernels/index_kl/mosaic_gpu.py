@@ -62,7 +62,7 @@ class IndexKLConfig:
       index_k: the kernel that adds up the gradient of the index keys.
       chunk_bytes: of device memory that a chunk's results per query and block may take; a chunk
         has one row of queries at least.
-      queries_per_row: see `reverse_index.row_length`, which chooses it by default.
+      queries_per_row: of the reverse index, by default twice what `row_length` chooses for it.
     """
 
     tiles: TileConfig = dataclasses.field(default_factory=TileConfig)

@@ -176,10 +176,8 @@ def over_tiles(
         outputs, refs = refs[: len(results)], refs[len(results) :]
         buffers, (semaphores, state, *scratch) = refs[: len(sources)], refs[len(sources) :]
         i = pl.program_id(1)
-        # Index keys, which a gradient of 0 multiplies, must be finite.
-        zeroed = tuple(range(1, len(sources)))
         has_next = i < pl.num_programs(1) - 1
-        ring = Ring(now, after, has_next, hbm, buffers, semaphores, state, zeroed)
+        ring = Ring(now, after, has_next, hbm, buffers, semaphores, state)
         pl.when(i == 0)(ring.reset)
         ring.fill()
         body(q, index_q, statistics, *outputs, *scratch, now, ring)

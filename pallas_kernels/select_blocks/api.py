@@ -14,23 +14,25 @@ from pallas_kernels.checks import (
     check_slots,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.pages import check_pages, contiguous_shape
 from pallas_kernels.select_blocks import mosaic_gpu, patterns, reference, triton
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import shard_over_batch_and_heads
+from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 POOLINGS = ("max", "lse", "mean")
 INDEX_PRECISIONS = ("native", "int8")
-# Triton comes behind what always serves, for its kernels have not run on a GPU yet: by name only.
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.select_blocks,
-    "reference": reference.select_blocks,
     "triton": triton.select_blocks,
+    "reference": reference.select_blocks,
 }
+# With a keyword more, page_table.
+PAGED_IMPLEMENTATIONS = {"reference": reference.select_blocks_of_pages}
 
 
 def select_blocks(
     index_q: Float[Array, "B T Hkv Di"],
-    index_k: Float[Array, "B S Di"],
+    index_k: Float[Array, "B S Di"] | Float[Array, "P Bk Di"],
     *,
     block_size: int = 128,
     top_k: int = 16,
@@ -40,6 +42,7 @@ def select_blocks(
     scale: float | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     query_offset: int | Int[Array, "B"] = 0,
+    page_table: Int[Array, "B N"] | None = None,
     index_precision: str = "native",
     implementation: Implementation = None,
 ) -> BlockSelection:
@@ -50,9 +53,12 @@ def select_blocks(
     kept; the rest are the best others by score descending, then lower block id. -0 equals +0, and a
     block whose score is -inf is never chosen. Groups select independently. There is no gradient.
 
+    With `page_table`, index_k is a pool of P pages of a block each, shared by all rows, and S = N *
+    Bk.
+
     Args:
       index_q: index queries, one light head per KV group.
-      index_k: index keys, one head shared by all groups.
+      index_k: index keys, one head shared by all groups, or pages of them.
       block_size: Bk, tokens per block.
       top_k: K, blocks kept, the forced ones included.
       num_local_blocks: the query's own block and the ones just before it, always kept; >= 1.
@@ -62,6 +68,8 @@ def select_blocks(
       segment_ids: document of each key slot, 0 for padding; None for one document per row.
         Documents start on multiples of `block_size`.
       query_offset: the key slot of the first query, per row or for all.
+      page_table: block n of row b lies in page `page_table[b, n]`; -1 for none, behind the last
+        query's block. Not together with `segment_ids`.
       index_precision: "native" multiplies index_q and index_k as they are, "int8" rounds them to
         8-bit integers with one scale per query and one per key block: about twice as fast on the
         tensor cores, and no longer the same selection.
@@ -71,7 +79,8 @@ def select_blocks(
       The selection, block_ids [B, Hkv, T, K]; a padding query selects nothing.
 
     Raises:
-      ValueError: an option out of range, a document off a block boundary, or shapes that differ.
+      ValueError: an option out of range, a document off a block boundary, shapes that differ, pages
+        of another size than the blocks, or pages with segment_ids.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
@@ -79,15 +88,25 @@ def select_blocks(
         raise ValueError(
             f"index_precision={index_precision!r}: choose one of {', '.join(INDEX_PRECISIONS)}"
         )
-    check_index(index_q, index_k)
+    keys = index_k
+    if page_table is not None:
+        check_pages(page_table, block_size, segment_ids, index_k=index_k)
+        keys = contiguous_shape(index_k, page_table)
+    check_index(index_q, keys)
     check_blocks(block_size, top_k, num_local_blocks, num_sink_blocks)
-    check_slots(index_q, index_k, segment_ids, query_offset)
+    check_slots(index_q, keys, segment_ids, query_offset)
     check_segments(segment_ids, block_size)
-    run = dispatch("select_blocks", IMPLEMENTATIONS, implementation)
+    if page_table is None:
+        run = dispatch("select_blocks", IMPLEMENTATIONS, implementation)
+    else:
+        run = dispatch("select_blocks of pages", PAGED_IMPLEMENTATIONS, implementation)
 
-    def local(*arrays):
+    def local(index_q, index_k, segment_ids, query_offset, page_table):
+        paged = {} if page_table is None else {"page_table": page_table}
+        arrays = index_q, index_k, segment_ids, query_offset
         ids = run(
             *arrays,
+            **paged,
             block_size=block_size,
             top_k=top_k,
             num_local_blocks=num_local_blocks,
@@ -98,9 +117,10 @@ def select_blocks(
         )
         return (ids,)
 
-    sharded = shard_over_batch_and_heads(local, ("b.h.", "b..", "b.", "b"), ("bh..",))
+    layouts = ("bqh.", "b.." if page_table is None else "...", "b.", "o", "b.")
+    sharded = shard_over_batch_heads_and_queries(local, layouts, ("bhq.",))
     detached = jax.lax.stop_gradient((index_q, index_k))
-    (block_ids,) = sharded(*detached, segment_ids, query_offset)
+    (block_ids,) = sharded(*detached, segment_ids, query_offset, page_table)
     return BlockSelection(block_ids, block_size)
 
 
@@ -158,7 +178,7 @@ def select_pattern(
         )
         return (ids,)
 
-    sharded = shard_over_batch_and_heads(local, ("b.h.", "b.h.", "h", "b.", "b"), ("bh..",))
+    sharded = shard_over_batch_heads_and_queries(local, ("bqh.", "b.h.", "h", "b.", "o"), ("bhq.",))
     groups = jnp.arange(k.shape[2], dtype=jnp.int32)
     (block_ids,) = sharded(*jax.lax.stop_gradient((q, k)), groups, segment_ids, query_offset)
     return BlockSelection(block_ids, block_size)
@@ -186,5 +206,5 @@ def main_block_mass(
     def local(*arrays):
         return (reference.main_block_mass(*arrays, block_size=block_size, scale=scale),)
 
-    sharded = shard_over_batch_and_heads(local, ("b.h.", "b.h.", "b.", "b"), ("bh..",))
+    sharded = shard_over_batch_heads_and_queries(local, ("bqh.", "b.h.", "b.", "o"), ("bhq.",))
     return sharded(q, k, segment_ids, query_offset)[0]

@@ -1,5 +1,7 @@
 """Block selection by its definition: token scores, block scores, the forced blocks, exact top-k."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -10,6 +12,7 @@ from pallas_kernels.dense_attention.reference import (
     masked_log_sum_exp,
     score_bytes,
 )
+from pallas_kernels.pages import gather_pages
 from pallas_kernels.select_blocks.quantization import quantize_keys, quantize_queries
 from pallas_kernels.visibility import (
     document_starts,
@@ -64,6 +67,20 @@ def select_blocks(
         bytes_per_query=score_bytes(index_q, index_k),
     )
     return ids.swapaxes(1, 2)
+
+
+def select_blocks_of_pages(
+    index_q: Float[Array, "B T Hkv Di"],
+    index_k: Float[Array, "P Bk Di"],
+    segment_ids: None,
+    query_offset: Int[Array, "B"] | int,
+    *,
+    page_table: Int[Array, "B N"],
+    **options: Any,
+) -> Int[Array, "B Hkv T K"]:
+    """`select_blocks` of paged index keys, gathered into one array."""
+    keys = gather_pages(index_k, page_table)
+    return select_blocks(index_q, keys, segment_ids, query_offset, **options)
 
 
 def index_scores(

@@ -28,18 +28,19 @@ class BackwardConfig:
       queries: per tile; 8, 16 or 24.
       blocks_per_step: fetched at once for the gradient of queries.
       blocks_per_part: multiplied at once.
-      tiles_per_step: fetched at once for the gradients of keys and values.
-      tiles_per_part: multiplied at once.
+      tiles_per_step: fetched at once for the gradients of keys and values, of up to 128 rows; of
+        larger tiles (many heads per group) fewer.
+      tiles_per_part: multiplied at once, likewise.
       depth: steps in flight, a power of two.
       tiles_per_slice: of a block's tiles, what a program goes through; more for long sequences, of
         whose slices the scalar memory would not hold as many.
     """
 
     queries: int = 8
-    blocks_per_step: int = 8
+    blocks_per_step: int = 16
     blocks_per_part: int = 4
-    tiles_per_step: int = 8
-    tiles_per_part: int = 2
+    tiles_per_step: int = 16
+    tiles_per_part: int = 8
     depth: int = 4
     tiles_per_slice: int = 128
 
@@ -52,6 +53,11 @@ class BackwardConfig:
             )
         if self.tiles_per_slice < 1:
             raise ValueError(f"tiles_per_slice={self.tiles_per_slice}: must be >= 1")
+
+    def tiles_of(self, num_rows: int) -> tuple[int, int]:
+        """Tiles per step and per part, if a tile has this many rows."""
+        part = max(1, self.tiles_per_part * LANES // max(num_rows, LANES))
+        return part * (self.tiles_per_step // self.tiles_per_part), part
 
     @property
     def tiles(self) -> TileConfig:
@@ -114,6 +120,7 @@ def backward(
         tiles_per_slice=_slice_length(lists, k.shape[0], config.tiles_per_slice),
         cores=min(cores, k.shape[0]),
     )
+    tiles_per_step, tiles_per_part = config.tiles_of(q_tiles.shape[1])
     dk, dv = key_value_gradient(
         q_tiles,
         k,
@@ -123,8 +130,8 @@ def backward(
         slices,
         scale=scale,
         queries=queries,
-        tiles_per_step=config.tiles_per_step,
-        tiles_per_part=config.tiles_per_part,
+        tiles_per_step=tiles_per_step,
+        tiles_per_part=tiles_per_part,
         depth=config.depth,
         target=target,
     )

@@ -152,9 +152,7 @@ def _kernel(
 ):
     i = pl.program_id(1)
     has_next = i < pl.num_programs(1) - 1
-    # A value that no query weighs must still be finite.
-    zeroed = (1,)
-    ring = Ring(now, after, has_next, (k_hbm, v_hbm), (keys, values), semaphores, state, zeroed)
+    ring = Ring(now, after, has_next, (k_hbm, v_hbm), (keys, values), semaphores, state)
     softmax = _Softmax(*sums)
     pl.when(i == 0)(ring.reset)
     softmax.reset()
@@ -241,5 +239,6 @@ def visible(tile, first, count, queries: int, block_size: int):
         entry = jnp.minimum(first + place, tile.shape[2] - 1)
         members, block = tile[0, MEMBERS, entry], tile[0, BLOCK, entry]
         member = jnp.right_shift(members, query) & 1
-        parts.append((member == 1) & (reach >= block * block_size))
-    return jnp.concatenate(parts, axis=1)
+        parts.append(jnp.where(member == 1, reach - block * block_size, -1))
+    # Compared behind the join: half a register of booleans cannot be moved along the lanes.
+    return jnp.concatenate(parts, axis=1) >= 0

@@ -143,8 +143,7 @@ def _kernel(
     number, end = first_slices[core] + i, first_slices[core + 1]
     buffers = queries_ref, do_ref, statistics
     sources = q_hbm, do_hbm, statistics_hbm
-    # All are multiplied by a weight of 0 where a step has no tile.
-    ring = Ring(now, after, number + 1 < end, sources, buffers, semaphores, state, (0, 1, 2))
+    ring = Ring(now, after, number + 1 < end, sources, buffers, semaphores, state)
     pl.when(i == 0)(ring.reset)
 
     @pl.when(number < end)

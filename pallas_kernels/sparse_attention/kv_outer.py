@@ -28,14 +28,14 @@ class KVOuterConfig:
     Attributes:
       attention: the kernel per key block, by default as `default_config` says.
       combine: the kernel that merges its results.
-      partial_bytes: of device memory that those results may take; by default those of 32768
+      partial_bytes: of device memory that those results may take; by default those of 16384
         queries with 64 heads of 128 dims and 16 blocks.
       queries_per_row: see `reverse_index.row_length`, which chooses it by default.
     """
 
     attention: AttentionConfig | None = None
     combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
-    partial_bytes: int = 2**33
+    partial_bytes: int = 2**32
     queries_per_row: int | None = None
 
     def __post_init__(self):

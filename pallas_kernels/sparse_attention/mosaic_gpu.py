@@ -8,7 +8,6 @@ device, and one of the two compiled branches runs.
 
 import dataclasses
 import functools
-import logging
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import current_target
 from pallas_kernels.residuals import named
-from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
 from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig
@@ -42,8 +40,6 @@ _SAMPLE_EVERY = 16
 # Fewer queries are decoding, where gathering by key block has nothing to share.
 MIN_QUERIES = 64
 
-_logger = logging.getLogger("pallas_kernels")
-
 
 @dataclasses.dataclass(frozen=True)
 class SparseAttentionConfig:
@@ -56,15 +52,13 @@ class SparseAttentionConfig:
       max_union: with "auto", union tiles run if the mean number of distinct blocks over the queries
         of a warpgroup is at most so many times the mean number of blocks of a query.
       backward: the backward pass's shape, which all schemes share; what it leaves open is tuned.
-        None takes the reference's gradients: the kernels have been interpreted and compiled, but
-        not run on a GPU yet.
     """
 
     scheme: str = "auto"
     union: UnionConfig | None = None
     kv_outer: KVOuterConfig | None = None
     max_union: float = 2.25
-    backward: BackwardConfig | None = None
+    backward: BackwardConfig = dataclasses.field(default_factory=BackwardConfig)
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -94,7 +88,7 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
 
-    Differentiable in q, k and v: by kernels with `config.backward`, else by the reference.
+    Differentiable in q, k and v, by kernels that give the same bits in every run.
 
     Args:
       q: bfloat16 or float16, at least 64 queries of head_dim 64 or 128.
@@ -223,40 +217,7 @@ def _forward(options: _Options, *arrays):
 
 
 def _backward(options: _Options, residuals, cotangents):
-    by_kernels = options.config.backward is not None
-    gradients = _gradients if by_kernels else _reference_gradients
-    return *gradients(options, *residuals, *cotangents), None, None, None
-
-
-def _reference_gradients(
-    options: _Options, q, k, v, block_ids, segment_ids, query_offset, o, lse, do, dlse
-):
-    offset = query_offset if options.query_offset is None else options.query_offset
-    _report_backward()
-
-    def attend(q, k, v):
-        return reference.sparse_attention(
-            q,
-            k,
-            v,
-            block_ids,
-            segment_ids,
-            offset,
-            block_size=options.block_size,
-            scale=options.scale,
-        )
-
-    _, pullback = jax.vjp(attend, q, k, v)
-    return pullback((do, dlse))
-
-
-@functools.cache
-def _report_backward() -> None:
-    """Logs, once, that gradients do not run on the kernels."""
-    _logger.info(
-        "sparse_attention's backward pass runs as 'reference': its kernels have not run on a GPU "
-        "yet (SparseAttentionConfig.backward)"
-    )
+    return *_gradients(options, *residuals, *cotangents), None, None, None
 
 
 @in_32_bits
@@ -272,9 +233,7 @@ def _gradients(options: _Options, q, k, v, block_ids, segment_ids, query_offset,
         (do, dlse),
         block_size=options.block_size,
         scale=options.scale,
-        config=_tuned_backward(
-            options.config.backward or BackwardConfig(), q, k, options.block_size
-        ),
+        config=_tuned_backward(options.config.backward, q, k, options.block_size),
     )
 
 

@@ -120,17 +120,8 @@ def _kernel(
     config,
 ):
     i = pl.program_id(1)
-    # Both are multiplied by a weight of 0 where a step has no block.
-    ring = Ring(
-        now,
-        after,
-        i < pl.num_programs(1) - 1,
-        (k_hbm, v_hbm),
-        (keys, values),
-        semaphores,
-        state,
-        (0, 1),
-    )
+    has_next = i < pl.num_programs(1) - 1
+    ring = Ring(now, after, has_next, (k_hbm, v_hbm), (keys, values), semaphores, state)
     pl.when(i == 0)(ring.reset)
     q, do = q_ref[0], do_ref[0]
     num_rows = q.shape[0]

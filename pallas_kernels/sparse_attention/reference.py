@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dense_attention.reference import masked_attention, score_bytes
+from pallas_kernels.pages import gather_pages
 from pallas_kernels.residuals import named
 from pallas_kernels.selection import block_mask
 from pallas_kernels.visibility import map_query_chunks, visible_slots
@@ -35,6 +36,24 @@ def sparse_attention(
         bytes_per_query=score_bytes(q, k),
     )
     return named(o, lse.swapaxes(1, 2))
+
+
+def sparse_attention_of_pages(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "P Hkv Bk D"],
+    v: Float[Array, "P Hkv Bk D"],
+    block_ids: Int[Array, "B Hkv T K"],
+    segment_ids: None,
+    query_offset: Int[Array, "B"] | int,
+    *,
+    page_table: Int[Array, "B N"],
+    block_size: int,
+    scale: float,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
+    """`sparse_attention` over paged keys and values, gathered into one array each."""
+    keys, values = (gather_pages(pages, page_table) for pages in (k, v))
+    place = block_ids, segment_ids, query_offset
+    return sparse_attention(q, keys, values, *place, block_size=block_size, scale=scale)
 
 
 def support(

@@ -32,7 +32,6 @@ class Ring:
       buffers: for each source [depth, blocks_per_step * rows, lanes]; depth is a power of two.
       semaphores: [sources, depth].
       state: [2] in scalar memory.
-      zeroed: sources that are filled up with zeros where a step has no block.
     """
 
     now: Any
@@ -42,7 +41,6 @@ class Ring:
     buffers: tuple[Any, ...]
     semaphores: Any
     state: Any
-    zeroed: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -102,27 +100,11 @@ class Ring:
 
     def wait(self, step: jax.Array | int) -> None:
         """Until a step's blocks are there; nothing is scheduled across it."""
-        first = step * self.blocks_per_step
         slot = self.slot(step)
-        whole = first + self.blocks_per_step <= self.count
-
         # A wait takes as long as dozens of products: one for all copies of a source.
-        @pl.when(whole)
-        def _():
-            for source, buffer in enumerate(self.buffers):
-                everything = buffer.at[slot]
-                pltpu.make_async_copy(
-                    everything, everything, self.semaphores.at[source, slot]
-                ).wait()
-
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            for place in range(self.blocks_per_step):
-
-                @pl.when(first + place < self.count)
-                def _(place=place):
-                    for source in range(len(self.sources)):
-                        self._copy(source, slot, place, 0).wait()
+        for source, buffer in enumerate(self.buffers):
+            everything = buffer.at[slot]
+            pltpu.make_async_copy(everything, everything, self.semaphores.at[source, slot]).wait()
 
     def _num_known(self) -> jax.Array:
         """Steps of this tile and the next."""
@@ -137,21 +119,12 @@ class Ring:
         count = jnp.where(mine, self.count, self.after[0, SCALARS, COUNT])
         slot = self.slot(step)
         for place in range(self.blocks_per_step):
-            entry = first + place
-            there = entry < count
-            entry = jnp.where(there, entry, 0)
+            # Where a step has no block, the last one comes again: a branch per block would take
+            # longer, and what is multiplied by a weight of 0 must be finite.
+            entry = jnp.minimum(first + place, count - 1)
             page = jnp.where(mine, self.now[0, PAGE, entry], self.after[0, PAGE, entry])
-
-            @pl.when(there)
-            def _(place=place, page=page):
-                for source in range(len(self.sources)):
-                    self._copy(source, slot, place, page).start()
-
-            @pl.when(jnp.logical_not(there))
-            def _(place=place):
-                for source in self.zeroed:
-                    part = self.buffers[source].at[slot, self.blocks(place, 1, source)]
-                    part[...] = jnp.zeros(part.shape, part.dtype)
+            for source in range(len(self.sources)):
+                self._copy(source, slot, place, page).start()
 
     def _copy(self, source: int, slot: jax.Array, place: int, page: Any):
         part = self.buffers[source].at[slot, self.blocks(place, 1, source)]

@@ -120,6 +120,7 @@ def on_one_device(make_parts):
         ({"expert": 8}, {}),
         ({"fsdp": 4, "tensor": 2}, {}),
         ({"data": 2, "expert": 4}, {}),
+        ({"expert": 2, "tensor": 2, "context": 2}, {"remat": "attention", "scan_layers": True}),
         pytest.param(
             {"fsdp": 2, "tensor": 2, "expert": 2},
             {"remat": "full", "scan_layers": True},
@@ -150,6 +151,26 @@ def test_every_mesh_gives_the_single_devices_loss_and_gradients(
         np.testing.assert_allclose(array, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
         assert np.abs(expected[path]).max() > 1e-4, path
         assert array.sharding == placed[path].sharding, path
+
+
+def test_activations_and_diagnostics_of_sequences_that_are_split(make_parts):
+    """Three tokens per device in blocks of four; the diagnostics look at neighbouring queries."""
+    graph, params, rest = make_parts()
+
+    def run(params, rest, batch):
+        mode = Mode(diagnostics=True, selections=True)
+        model = nnx.merge(graph, params, rest)
+        return model(batch["tokens"], segment_ids=batch["segment_ids"], mode=mode)
+
+    expected = jax.jit(run)(params, rest, batch())
+    mesh = mesh_of(context=8)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(run)(params, rest, place_batch(batch(), mesh))
+    assert {shard.data.shape for shard in actual.logits.addressable_shards} == {(BATCH, 3, VOCAB)}
+    np.testing.assert_allclose(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert np.asarray(expected.aux["union_4"]).all()
+    for name, array in expected.aux.items():
+        np.testing.assert_allclose(actual.aux[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def arrays_by_path(state):
@@ -206,21 +227,29 @@ def test_a_batch_that_does_not_divide_names_the_field():
         place_batch(batch(), mesh_of(data=3, fsdp=2))
 
 
-def test_a_placed_batch_is_split_over_data_fsdp_and_expert():
-    placed = place_batch(batch(), mesh_of(data=2, tensor=2, expert=2))
+def test_a_sequence_that_does_not_divide_names_the_field():
+    for context in (7, 6):  # 6 divides the 24 tokens, not the 8 devices
+        message = rf"mesh.context={context}: does not divide data.sequence_length=24 or the 8 dev"
+        with pytest.raises(ConfigError, match=message):
+            place_batch(batch(), mesh_of(context=context))
+
+
+def test_a_placed_batch_is_split_over_data_fsdp_expert_and_context():
+    placed = place_batch(batch(), mesh_of(data=2, expert=2, context=2))
     for name, array in batch().items():
         np.testing.assert_array_equal(placed[name], array)
-        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(2, LENGTH)}
+        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(2, LENGTH // 2)}
 
 
 @pytest.mark.parametrize(
     ("axes", "shape"),
     [
-        ({"data": -1}, (8, 1, 1, 1)),
-        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2, 1)),
-        ({"fsdp": 2, "tensor": 2, "expert": -1}, (1, 2, 2, 2)),
-        ({"data": 8, "tensor": -1}, (8, 1, 1, 1)),
-        ({"expert": 8}, (1, 1, 1, 8)),
+        ({"data": -1}, (8, 1, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2, 1, 1)),
+        ({"fsdp": 2, "tensor": 2, "expert": -1}, (1, 2, 2, 2, 1)),
+        ({"data": 8, "tensor": -1}, (8, 1, 1, 1, 1)),
+        ({"expert": 8}, (1, 1, 1, 8, 1)),
+        ({"data": -1, "context": 4}, (2, 1, 1, 1, 4)),
     ],
 )
 def test_one_axis_may_take_the_devices_that_remain(axes, shape):

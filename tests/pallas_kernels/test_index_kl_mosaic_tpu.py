@@ -210,16 +210,16 @@ def test_config_names_the_field_that_is_wrong(field, value):
         IndexKLConfig(**{field: value})
 
 
-def gradients(num_queries, prefix):
-    """The value and gradients of a large call, and its arguments."""
+def gradients(num_queries, prefix, size=128, dtype="bfloat16"):
+    """The value and gradients of a large call, with blocks and dims of a size; its arguments."""
     arguments = [
-        jax.ShapeDtypeStruct((1, num_queries, *shape), "bfloat16")
-        for shape in ((64, 128), (4, 128), (4, 128), (128,))
+        jax.ShapeDtypeStruct((1, num_queries, *shape), dtype)
+        for shape in ((64, size), (4, size), (4, size), (size,))
     ]
     arguments.append(jax.ShapeDtypeStruct((1, 4, num_queries, 16), "int32"))
 
     def run(q, k, index_q, index_k, block_ids):
-        selection = None if prefix else BlockSelection(block_ids, 128)
+        selection = None if prefix else BlockSelection(block_ids, size)
 
         def loss(index_q, index_k):
             return index_kl(q, k, index_q, index_k, selection, implementation="mosaic_tpu").kl.sum()
@@ -251,3 +251,10 @@ def test_compiles(chip, num_queries, prefix, monkeypatch):
     for kernel in ("main_lse", "divergence", "index_q_gradient", "index_k_gradient"):
         assert f"index_kl_{kernel}" in text
     assert executable.memory_analysis().temp_size_in_bytes < 2e9
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_compiles_with_small_blocks_and_dims(prefix, monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "reverse_tiles", unsorted)
+    run, arguments = gradients(1024, prefix, 64, "float32")
+    assert "index_kl_index_k_gradient" in compile_for_tpu(run, *arguments, chip="v5e").as_text()

@@ -19,7 +19,6 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.sparse_attention import api
 from pallas_kernels.sparse_attention import mosaic_gpu as sparse_attention_mosaic_gpu
-from pallas_kernels.sparse_attention.backward import BackwardConfig
 
 BLOCK_SIZE, TOP_K = 64, 2
 
@@ -65,7 +64,7 @@ def test_lowers_with_64_bit_types_on(dtype, double_precision, monkeypatch):
     The interpreter could not run them: it traces parts of a kernel late, with 64 bits on.
     """
     on_hopper = sparse_attention_mosaic_gpu
-    config = on_hopper.SparseAttentionConfig(backward=BackwardConfig())
+    config = on_hopper.SparseAttentionConfig()
     by_kernels = functools.partial(on_hopper.sparse_attention, config=config)
     monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_gpu", by_kernels)
     documents_and_offsets = places(dtype=dtype)

@@ -13,6 +13,7 @@ from op_cases import BLOCK_SIZE, SEGMENT_IDS, assert_close, compiled
 
 from pallas_kernels import main_block_mass, select_blocks, sparse_attention, visibility
 from pallas_kernels.mosaic_gpu import Target, traced_for
+from pallas_kernels.sharding import shard_over_batch_heads_and_queries
 
 BATCH_AXES = ("data", "fsdp")
 SHARDED = (
@@ -27,6 +28,8 @@ SHARDED = (
 SPECS = {name: P(BATCH_AXES, None, "tensor", None) for name in ("q", "k", "v", "index_q")} | {
     "index_k": P(BATCH_AXES, None, None)
 }
+# As in training: the queries of a token lie where its keys do, and the op gathers the keys.
+SPLIT_SEQUENCE = {name: P(spec[0], "context", *spec[2:]) for name, spec in SPECS.items()}
 
 
 def four_rows(array):
@@ -34,9 +37,9 @@ def four_rows(array):
     return np.concatenate([array, array[::-1]])
 
 
-def mesh(axis_type=AxisType.Explicit, data=2, fsdp=2, tensor=2):
-    names = (*BATCH_AXES, "tensor")
-    return jax.make_mesh((data, fsdp, tensor), names, axis_types=(axis_type,) * 3)
+def mesh(axis_type=AxisType.Explicit, data=2, fsdp=2, tensor=2, context=1):
+    names = (*BATCH_AXES, "tensor", "context")
+    return jax.make_mesh((data, fsdp, tensor, context), names, axis_types=(axis_type,) * 4)
 
 
 def place_on(a_mesh, x, specs=SPECS):
@@ -53,9 +56,12 @@ def segment_ids():
     return jnp.asarray(four_rows(SEGMENT_IDS))
 
 
-@pytest.mark.parametrize("op", SHARDED)
+@pytest.mark.parametrize("op", ["random", "dense_attention, window"])
 def test_explicit_mesh(op, x, segment_ids):
-    """Batch rows over two mesh axes, heads over the third; documents come unsharded."""
+    """Batch rows over two mesh axes, heads over the third; documents come unsharded.
+
+    All ops are on a mesh in the next test.
+    """
     expected = results_and_gradients(op, x, segment_ids=segment_ids)
     explicit = mesh()
     with jax.set_mesh(explicit):
@@ -67,6 +73,55 @@ def test_explicit_mesh(op, x, segment_ids):
         assert result.sharding.spec == P(BATCH_AXES, None, *heads)
     for name, gradient in gradients.items():
         assert gradient.sharding.spec == SPECS[name]
+
+
+@pytest.mark.parametrize("op", SHARDED)
+def test_queries_split_over_devices(op, x, segment_ids):
+    """A device's queries go on where the last one's end, and its keys' gradients are summed."""
+    x, segment_ids = edit(x, lambda array: array[:, :60]), segment_ids[:, :60]
+    expected = results_and_gradients(op, x, segment_ids=segment_ids)
+    explicit = mesh(fsdp=1, context=2)
+    with jax.set_mesh(explicit):
+        placed = place_on(explicit, x, SPLIT_SEQUENCE)
+        results, gradients = results_and_gradients(op, placed, segment_ids=segment_ids)
+    assert_same((results, gradients), expected)
+    for result in results:
+        heads = ("tensor", None) if result.ndim == 4 else ("tensor",)
+        assert result.sharding.spec == P(BATCH_AXES, "context", *heads)
+    for name, gradient in gradients.items():
+        assert gradient.sharding.spec == SPLIT_SEQUENCE[name]
+
+
+@pytest.mark.parametrize("op", ["select_blocks", "dense_attention, window", "index_kl, selected"])
+@pytest.mark.parametrize("offset", [29, np.array([45, 41, 0, 7], np.int32)], ids=["all", "per row"])
+def test_offsets_of_queries_split_over_two_axes(op, offset, x):
+    """Two queries per device, of 16 in the middle of the keys."""
+    x |= {name: x[name][:, :16] for name in ("q", "index_q")}
+    specs = SPECS | dict.fromkeys(("q", "index_q"), P(None, ("context", "data"), None, None))
+    expected = results_at(op, x, offset)
+    explicit = mesh(fsdp=1, tensor=1, context=4)
+    with jax.set_mesh(explicit):
+        assert_same(results_at(op, place_on(explicit, x, specs), offset), expected)
+
+
+def results_at(op, x, offset):
+    """An op's results; an int offset stays one."""
+    offset = offset if isinstance(offset, int) else jnp.asarray(offset)
+    return compiled(lambda x: OPS[op](x, {"query_offset": offset}, {}))(x)
+
+
+def test_queries_that_are_not_split_keep_their_offset():
+    """References cut a known one into causal ranges, on a mesh axis of one device too."""
+
+    def local(x, offset):
+        assert offset == 3
+        return (x,)
+
+    explicit = mesh(tensor=2, context=1)
+    x = jnp.zeros((4, 8, 2))
+    with jax.set_mesh(explicit):
+        placed = jax.device_put(x, NamedSharding(explicit, P("data", "context", "tensor")))
+        shard_over_batch_heads_and_queries(local, ("bqh", "o"), ("bqh",))(placed, 3)
 
 
 @pytest.mark.parametrize("op", ["sparse_attention", "index_kl, selected"])
@@ -107,14 +162,16 @@ def test_axes_meant_whole_are_gathered(x, segment_ids):
 
 
 def test_main_block_mass(x, segment_ids):
-    run = compiled(functools.partial(main_block_mass, block_size=BLOCK_SIZE))
+    x |= {"q": x["q"][:, 1:]}
+    run = compiled(functools.partial(main_block_mass, block_size=BLOCK_SIZE, query_offset=1))
     expected = run(x["q"], x["k"], segment_ids=segment_ids)
-    explicit = mesh()
+    explicit = mesh(fsdp=1, context=2)
+    specs = SPECS | {"q": SPLIT_SEQUENCE["q"]}
     with jax.set_mesh(explicit):
-        placed = place_on(explicit, x)
+        placed = place_on(explicit, x, specs)
         actual = run(placed["q"], placed["k"], segment_ids=segment_ids)
     assert_close(actual, expected)
-    assert actual.sharding.spec == P(BATCH_AXES, "tensor", None, None)
+    assert actual.sharding.spec == P(BATCH_AXES, "tensor", "context", None)
 
 
 @pytest.mark.parametrize("op", ["sparse_attention", "index_kl, dense"])

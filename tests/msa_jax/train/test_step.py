@@ -220,7 +220,7 @@ def test_the_gradient_is_that_of_all_terms_with_their_weights(terms):
 def test_accumulated_micro_batches_on_a_mesh_are_the_big_batch(terms):
     """Four of them, of different counts, one empty; on 2 fsdp x 2 tensor x 2 expert devices."""
     config = changed(SOFTMAX, objective={"kl_weight": 1.5}, optimizer={"accumulation_steps": 4})
-    mesh = mesh_of(fsdp=2, tensor=2, expert=2)
+    mesh = mesh_of(fsdp=2, expert=2, context=2)
     state, (metrics,) = run_step(config, state_of(config, mesh), mesh=mesh)
     counts = batch()["loss_mask"].reshape(4, 4, -1).sum((0, 2))
     assert counts[3] == 0
