@@ -186,12 +186,11 @@ class _Call:
     scales: Scales
     shape: tuple[int, int, int, int]
 
-    def by_tile(self, array: Float[Array, "B Hkv T width"], nobody: float = 0) -> Array:
-        """To [tiles, R, width], with `nobody` for queries that are not there."""
+    def by_tile(self, array: Float[Array, "B Hkv T width"]) -> Float[Array, "tiles R width"]:
+        """By tile, with zeros for queries that are not there."""
         batch, groups, num_queries, queries = self.shape
         missing = self.tiles.lists.shape[0] // (batch * groups) * queries - num_queries
-        widths = ((0, 0), (0, 0), (0, missing), (0, 0))
-        array = jnp.pad(array, widths, constant_values=nobody)
+        array = jnp.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
         return array.reshape(-1, queries, array.shape[3])
 
     def by_query(self, array: Float[Array, "tiles R width"]) -> Float[Array, "B Hkv T width"]:
@@ -211,7 +210,7 @@ class _Call:
         def log_sum_exps(array):
             # Of nothing: the probabilities that they are of become 0.
             array = jnp.where(jnp.isfinite(array), array * LOG2E, NOTHING)
-            return self.by_tile(array, NOTHING)
+            return self.by_tile(array)
 
         lse = log_sum_exps(jnp.moveaxis(lse.reshape(batch, groups, -1, num_queries), 2, 3))
         heads = jnp.pad(lse, ((0, 0), (0, 0), (0, INDEX_LSE - lse.shape[2])))
