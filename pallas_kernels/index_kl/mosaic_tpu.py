@@ -156,6 +156,8 @@ def _backward(options: _Options, kept, cotangents):
     owners = tiles.keys.shape[0] // groups
     slices = reverse_tiles(
         tiles.lists,
+        queries=config.queries,
+        tiles_per_group=tiles.lists.shape[0] // (batch * groups),
         tiles_per_row=tiles.lists.shape[0] // batch,
         num_blocks=owners // batch,
         block_size=options.block_size,
