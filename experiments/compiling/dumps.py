@@ -80,6 +80,8 @@ def kernel_records(
             record["sections"] = [_section(part, schedule, known) for part in sections]
             timing = kernel_timing(schedule, machine, known)
             record |= vars(timing) | {"ms": timing.milliseconds, "bound": timing.bound}
+            if known.flops:
+                record["floor_tiles_ms"] = 1e3 * known.flops / machine.chip.bf16_flops
         except LookupError as error:
             record["untimed"] = str(error)
         records.append(record)

@@ -95,7 +95,14 @@ def _time(kernel: Record) -> str:
         return ""
     return (
         f": {kernel['ms']:.3g} ms (schedule {kernel['schedule_ms']:.3g}, copies "
-        f"{kernel['copy_ms']:.3g}), bound by {kernel['bound']}"
+        f"{kernel['copy_ms']:.3g}), bound by {kernel['bound']}{_tiles_floor(kernel)}"
+    )
+
+
+def _tiles_floor(kernel: Record) -> str:
+    floor = kernel.get("floor_tiles_ms")
+    return (
+        f"; {kernel['ms'] / floor:.2f} times its tiles' products, {floor:.3g} ms" if floor else ""
     )
 
 

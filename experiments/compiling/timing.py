@@ -26,10 +26,12 @@ class Expected:
         named runs as often as the schedule says, branches always.
       copied_bytes: between HBM and the cores' memories, of all cores; None for what the schedule
         copies, if every copy in it is made each time.
+      flops: of the matrix products that the kernel's tiles make necessary, of all cores.
     """
 
     counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     copied_bytes: float | None = None
+    flops: float | None = None
 
     def count(self, section: Section) -> float | None:
         """How often a section runs each time the one around it does; None if nobody knows."""

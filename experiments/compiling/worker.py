@@ -5,6 +5,7 @@ started with that place in its environment. Orders come as JSON lines on standar
 answered by one line on standard output that begins with `MARK`.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,9 @@ from typing import Any
 import jax
 
 from experiments.compiling import hlo
+from experiments.compiling.configs import config_of, table_name
 from experiments.compiling.dumps import kernel_records
+from experiments.compiling.kernels import kernels_of
 from experiments.compiling.machines import MACHINES
 from experiments.compiling.programs import Options, Shape, floor_work, program
 from experiments.compiling.steps import lower_step
@@ -23,11 +26,16 @@ from experiments.compiling.targets import Place, parse_target
 from msa_jax.train.config import ExperimentConfig, from_config_dict
 from pallas_kernels.ahead_of_time import compile_for_h100
 from pallas_kernels.ahead_of_time_tpu import compile_for_tpu
+from pallas_kernels.tuning import trying
 
 Record = dict[str, Any]
 
 MARK = "compile-check-record "
 DUMP_VARIABLE = "COMPILE_CHECK_DUMP"
+
+# Arrays of more tokens do not fit the memory of every chip. Those kernels whose schedules depend on
+# the length in nothing but the trips of loops are compiled for so many.
+_MOST_TOKENS = 2**17
 
 
 def main() -> None:
@@ -48,6 +56,8 @@ def _answer(order: Record) -> Record:
     place = parse_target(order["target"])
     shape = Shape(**order["shape"]) if "op" in order else None
     kernels: list[Record] = []
+    if shape and order.get("kernels_only"):
+        return {"kernels": _kernels_alone(order, shape, place)} | _floors(order, shape, place)
     if shape is None:
         config = from_config_dict(ExperimentConfig, order["config"])
         compiled = lower_step(config, place, order["phase"]).compile()
@@ -64,6 +74,26 @@ def _answer(order: Record) -> Record:
         clock = MACHINES[place.chip].clock_hz
         record["around_ms"] = 1e3 * contents.estimated_cycles / clock
     return record | _floors(order, shape, place)
+
+
+def _kernels_alone(order: Record, shape: Shape, place: Place) -> list[Record]:
+    """Schedules of an operation's TPU kernels, without the rest of it."""
+    op, folder = order["op"], pathlib.Path(os.environ[DUMP_VARIABLE])
+    values = vars(config_of(op, shape, place.chip))
+    smaller = shape
+    if op != "select_blocks":
+        smaller = dataclasses.replace(shape, length=min(shape.length, _MOST_TOKENS))
+    records = []
+    with trying(table_name(op), values):
+        with place.traced():
+            wanted = program(op, smaller, Options(**order["options"]))
+        for kernel in kernels_of(wanted, place):
+            alone = kernel.program
+            compiled = compile_for_tpu(alone.function, *alone.arguments, chip=place.chip)
+            names = hlo.read_hlo(compiled.as_text() or "").kernels
+            machine = MACHINES[place.chip]
+            records += kernel_records(dict.fromkeys(names, kernel.runs), folder, shape, machine)
+    return records
 
 
 def _compile_op(order: Record, shape: Shape, place: Place) -> tuple[Any, list[Record]]:
