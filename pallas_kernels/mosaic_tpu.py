@@ -148,3 +148,14 @@ def product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 def across(rows: jax.Array, width: int) -> jax.Array:
     """Values that are the same in all lanes of a row, [rows, LANES], over `width` lanes."""
     return jnp.tile(rows, (1, -(-width // LANES)))[:, :width]
+
+
+def in_hbm(*arrays: jax.Array, target: Target) -> tuple[jax.Array, ...]:
+    """The arrays, which a kernel copies from piece by piece, where they are expected.
+
+    XLA moves small ones into vector memory before a kernel, whatever space the kernel asks for, and
+    a copy within that memory is no transfer but a loop of loads and stores.
+    """
+    if target.interpret:
+        return arrays
+    return tuple(pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays)

@@ -27,7 +27,7 @@ from pallas_kernels.index_kl.tiles_mosaic_tpu import (
     teacher,
     through_steps,
 )
-from pallas_kernels.mosaic_tpu import Target, product
+from pallas_kernels.mosaic_tpu import Target, in_hbm, product
 from pallas_kernels.sparse_attention.reverse_tiles import DISTANCE, ReverseTiles
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import MEMBERS, NUM_ROWS, PAGE
@@ -182,7 +182,7 @@ def index_k_gradient(
         slices.lists,
         tiles.keys.reshape(batch, groups, num_blocks, block_size, head_dim),
         tiles.index_keys.reshape(batch, groups, num_blocks, block_size, index_dim),
-        *sources,
+        *in_hbm(*sources, target=target),
     )
 
 

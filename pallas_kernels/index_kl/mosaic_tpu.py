@@ -87,7 +87,7 @@ def index_kl(
     target = current_target()
     refuse_varying(q, k, index_q, index_k, block_ids, segment_ids, query_offset, main_lse)
     block_size = _DENSE_BLOCK if block_ids is None else block_size
-    check_served(q, k, k, block_size, scale)
+    check_served(q, k, k, k.shape[2], block_size, scale)
     if {index_q.dtype, index_k.dtype} != {q.dtype}:
         raise NotImplementedError(
             f"the kernels take index_q and index_k in q's dtype {q.dtype}, not {index_q.dtype} and "
@@ -156,6 +156,8 @@ def _backward(options: _Options, kept, cotangents):
     owners = tiles.keys.shape[0] // groups
     slices = reverse_tiles(
         tiles.lists,
+        queries=config.queries,
+        tiles_per_group=tiles.lists.shape[0] // (batch * groups),
         tiles_per_row=tiles.lists.shape[0] // batch,
         num_blocks=owners // batch,
         block_size=options.block_size,

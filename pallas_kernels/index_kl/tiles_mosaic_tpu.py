@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target, product
+from pallas_kernels.mosaic_tpu import LANES, Target, in_hbm, product
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import visible
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import BLOCK, NUM_ROWS
@@ -214,7 +214,14 @@ def over_tiles(
         ),
         interpret=target.interpret,
         name=name,
-    )(tiles.lists, tiles.lists, tiles.q, tiles.index_q, tiles.statistics, *sources)
+    )(
+        tiles.lists,
+        tiles.lists,
+        tiles.q,
+        tiles.index_q,
+        tiles.statistics,
+        *in_hbm(*sources, target=target),
+    )
 
 
 def through_steps(

@@ -114,6 +114,8 @@ def backward(
     )
     slices = reverse_tiles(
         lists,
+        queries=config.queries,
+        tiles_per_group=tiles,
         tiles_per_row=tiles,
         num_blocks=num_blocks,
         block_size=block_size,

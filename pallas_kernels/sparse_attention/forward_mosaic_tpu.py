@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target, across, product
+from pallas_kernels.mosaic_tpu import LANES, Target, across, in_hbm, product
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import (
     BLOCK,
@@ -129,7 +129,7 @@ def forward(
         ),
         interpret=target.interpret,
         name="sparse_attention_forward",
-    )(lists, lists, q, k, v)
+    )(lists, lists, q, *in_hbm(k, v, target=target))
     lse = lse.reshape(rows, tiles, group, config.queries).swapaxes(1, 2)
     return o, lse.reshape(rows, group, num_queries)
 

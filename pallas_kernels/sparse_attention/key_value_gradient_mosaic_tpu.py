@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_tpu import Target, product
+from pallas_kernels.mosaic_tpu import Target, in_hbm, product
 from pallas_kernels.sparse_attention.query_gradient_mosaic_tpu import (
     DELTA,
     LOG2E,
@@ -112,7 +112,15 @@ def key_value_gradient(
         ),
         interpret=target.interpret,
         name="sparse_attention_key_value_gradient",
-    )(slices.owners, slices.first_slices, slices.lists, slices.lists, k, v, q, do, statistics)
+    )(
+        slices.owners,
+        slices.first_slices,
+        slices.lists,
+        slices.lists,
+        k,
+        v,
+        *in_hbm(q, do, statistics, target=target),
+    )
 
 
 def _kernel(

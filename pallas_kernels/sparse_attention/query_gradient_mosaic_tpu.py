@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target, across, product
+from pallas_kernels.mosaic_tpu import LANES, Target, across, in_hbm, product
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig, visible
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import NUM_ROWS
@@ -96,7 +96,7 @@ def query_gradient(
         ),
         interpret=target.interpret,
         name="sparse_attention_query_gradient",
-    )(lists, lists, q, do, statistics, k, v)
+    )(lists, lists, q, do, statistics, *in_hbm(k, v, target=target))
 
 
 def _kernel(

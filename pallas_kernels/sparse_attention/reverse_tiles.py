@@ -39,6 +39,8 @@ class ReverseTiles(NamedTuple):
 def reverse_tiles(
     lists: Int[Array, "tiles 4 L"],
     *,
+    queries: int,
+    tiles_per_group: int,
     tiles_per_row: int,
     num_blocks: int,
     block_size: int,
@@ -48,7 +50,9 @@ def reverse_tiles(
     """Sorts what tiles need by block.
 
     Args:
-      lists: of `tile_lists`; only BLOCK, MEMBERS and SLOT are read.
+      lists: of `tile_lists`; BLOCK and MEMBERS are read, and SLOT of each row's first tile.
+      queries: R, queries per tile.
+      tiles_per_group: tiles of a batch row and group.
       tiles_per_row: tiles that share blocks: those of a batch row and group; or of a batch row, if
         all groups have the same keys.
       num_blocks: N, per such row.
@@ -58,7 +62,7 @@ def reverse_tiles(
     """
     num_owners = lists.shape[0] // tiles_per_row * num_blocks
     per_core = -(-num_owners // cores)
-    places, entries = _sorted_entries(lists, tiles_per_row, num_blocks, block_size, cores)
+    places, tiles, members = _sorted_entries(lists, tiles_per_row, num_blocks, cores)
     place = jnp.arange(cores * per_core, dtype=jnp.int32)
     edges = jnp.arange(cores * per_core + 1, dtype=jnp.int32)
     starts = jnp.searchsorted(places, edges, method="scan_unrolled").astype(jnp.int32)
@@ -75,34 +79,44 @@ def reverse_tiles(
     at = jnp.where(item < first[-1], at, place[-1] - (place.size > num_owners))
     start = starts[at] + (item - first[at]) * tiles_per_slice
     count = jnp.where(item < first[-1], jnp.clip(starts[at + 1] - start, 0, tiles_per_slice), 0)
-    slices = _cut(entries, start, count, tiles_per_slice)
-    return ReverseTiles(slices, _owner(at, per_core, cores), first[::per_core])
+    owners = _owner(at, per_core, cores)
+    row, block = owners // num_blocks, owners % num_blocks
+    tiles, members = (_cut(x, start, count, tiles_per_slice) for x in (tiles, members))
+    first_slot = lists[::tiles_per_row, SCALARS, SLOT][row] - block * block_size
+    distance = first_slot[:, None] + tiles % tiles_per_group * queries
+    pages = row[:, None] * tiles_per_row + tiles
+    scalars = jnp.pad(count[:, None], ((0, 0), (0, tiles_per_slice - 1)))
+    # PAGE, DISTANCE, MEMBERS, SCALARS.
+    slices = jnp.stack((pages, distance, members, scalars), axis=1)
+    return ReverseTiles(slices, owners, first[::per_core])
 
 
 def _sorted_entries(
-    lists: Int[Array, "tiles 4 L"],
-    tiles_per_row: int,
-    num_blocks: int,
-    block_size: int,
-    cores: int,
-) -> tuple[Int[Array, "n"], Int[Array, "3 n"]]:
-    """The place of every (tile, block)'s owner, ascending, and its PAGE, DISTANCE and MEMBERS.
+    lists: Int[Array, "tiles 4 L"], tiles_per_row: int, num_blocks: int, cores: int
+) -> tuple[Int[Array, "n"], Int[Array, "n"], Int[Array, "n"]]:
+    """By ascending place of its owner every (tile, block): the place, the tile and the members.
 
-    Places number the owners core by core.
+    Places number the owners core by core, tiles count from the first one of their row.
     """
     num_tiles, _, length = lists.shape
     num_owners = num_tiles // tiles_per_row * num_blocks
     per_core = -(-num_owners // cores)
     tile = jax.lax.broadcasted_iota(jnp.int32, (num_tiles, length), 0)
-    blocks, members = lists[:, BLOCK], lists[:, MEMBERS]
-    owner = tile // tiles_per_row * num_blocks + blocks
+    row, tile = tile // tiles_per_row, tile % tiles_per_row
+    owner = row * num_blocks + lists[:, BLOCK]
+    nobody = cores * per_core
     place = owner % cores * per_core + owner // cores
-    place = jnp.where(members != 0, place, cores * per_core)
-    distance = lists[:, SCALARS, SLOT, None] - blocks * block_size
+    place = jnp.where(lists[:, MEMBERS] != 0, place, nobody)
+    place, tile, members = (x.reshape(-1) for x in (place, tile, lists[:, MEMBERS]))
     # A tile needs a block once: the order is whole.
-    operands = (place, tile, distance, members)
-    place, *entries = jax.lax.sort([x.reshape(-1) for x in operands], num_keys=2, is_stable=False)
-    return place, jnp.stack(entries)
+    if (nobody + 1) * tiles_per_row > 2**32:
+        place, tile, members = jax.lax.sort((place, tile, members), num_keys=2, is_stable=False)
+        return place, tile, members
+    # Half the operands to move and to compare, where both numbers fit into one.
+    keys = place.astype(jnp.uint32) * tiles_per_row + tile.astype(jnp.uint32)
+    keys, members = jax.lax.sort((keys, members), num_keys=1, is_stable=False)
+    place, tile = keys // tiles_per_row, keys % tiles_per_row
+    return place.astype(jnp.int32), tile.astype(jnp.int32), members
 
 
 def _owner(place: Int[Array, "n"], per_core: int, cores: int) -> Int[Array, "n"]:
@@ -110,13 +124,9 @@ def _owner(place: Int[Array, "n"], per_core: int, cores: int) -> Int[Array, "n"]
 
 
 def _cut(
-    entries: Int[Array, "3 n"], start: Int[Array, "items"], count: Int[Array, "items"], length: int
-) -> Int[Array, "items 4 L"]:
-    """The lists of slices from runs of entries."""
-    entries = jnp.pad(entries, ((0, 0), (0, length)))
-    cut = jax.vmap(lambda first: jax.lax.dynamic_slice_in_dim(entries, first, length, 1))(start)
-    within = jnp.arange(length, dtype=jnp.int32) < count[:, None]
-    cut = jnp.where(within[:, None], cut, 0)
-    scalars = jnp.pad(count[:, None, None], ((0, 0), (0, 0), (0, length - 1)))
-    # PAGE, DISTANCE, MEMBERS, then SCALARS.
-    return jnp.concatenate((cut, scalars), axis=1)
+    entries: Int[Array, "n"], start: Int[Array, "items"], count: Int[Array, "items"], length: int
+) -> Int[Array, "items L"]:
+    """Runs of entries, with 0 behind them."""
+    entries = jnp.pad(entries, (0, length))
+    cut = jax.vmap(lambda first: jax.lax.dynamic_slice_in_dim(entries, first, length))(start)
+    return jnp.where(jnp.arange(length, dtype=jnp.int32) < count[:, None], cut, 0)

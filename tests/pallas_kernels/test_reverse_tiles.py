@@ -40,6 +40,8 @@ def build(ids, cores, heads_together):
     lists = tile_lists(ids, offsets, queries=QUERIES, num_tiles=NUM_TILES, num_blocks=NUM_BLOCKS)
     return reverse_tiles(
         lists,
+        queries=QUERIES,
+        tiles_per_group=NUM_TILES,
         tiles_per_row=NUM_TILES * (GROUPS if heads_together else 1),
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
@@ -114,6 +116,7 @@ def test_no_more_slices_than_there_is_room_for():
         offset = jnp.zeros(1, jnp.int32)
         lists = tile_lists(ids, offset, queries=QUERIES, num_tiles=5, num_blocks=3)
         sizes = {"num_blocks": 3, "block_size": BLOCK_SIZE, "tiles_per_slice": PER_SLICE}
+        sizes |= {"queries": QUERIES, "tiles_per_group": 5}
         return reverse_tiles(lists, tiles_per_row=5, cores=1, **sizes)
 
     built = build(ids)
