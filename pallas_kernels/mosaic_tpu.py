@@ -7,6 +7,7 @@ memory; the *MXU* multiplies matrices; a vector register has 8 *sublanes* of 128
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 SUBLANES = 8
+
+# Exponentials are powers of two: scores are multiplied by it.
+LOG2E = math.log2(math.e)
+# A score that a query does not see: finite, so that a difference of two is no NaN.
+HIDDEN = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +154,14 @@ def product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 def across(rows: jax.Array, width: int) -> jax.Array:
     """Values that are the same in all lanes of a row, [rows, LANES], over `width` lanes."""
     return jnp.tile(rows, (1, -(-width // LANES)))[:, :width]
+
+
+def in_hbm(*arrays: jax.Array, target: Target) -> tuple[jax.Array, ...]:
+    """The arrays, which a kernel copies from piece by piece, where they are expected.
+
+    XLA moves small ones into vector memory before a kernel, whatever space the kernel asks for, and
+    a copy within that memory is no transfer but a loop of loads and stores.
+    """
+    if target.interpret:
+        return arrays
+    return tuple(pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_tpu import LANES, SUBLANES, current_target
+from pallas_kernels.mosaic_tpu import LANES, SUBLANES, current_target, in_hbm
 from pallas_kernels.select_blocks.scores_mosaic_tpu import KeyCopies, KeyRange, score_chunk
 from pallas_kernels.select_blocks.top_k_mosaic_tpu import choose, mark_candidates, write_ascending
 
@@ -149,6 +149,7 @@ def select_tiles(
 
     ids = jax.ShapeDtypeStruct((num_tiles, options.top_k, rows), jnp.int32)
     ranges, pages = scalars(0)
+    keys = keys._replace(keys=in_hbm(keys.keys, target=target)[0])
     return pl.pallas_call(
         functools.partial(
             _select_tile, options=options, unroll=config.unroll, tiles_per_row=tiles_per_row

@@ -1,6 +1,7 @@
 """`sparse_attention`: the main branch, exact attention over selected blocks."""
 
 import math
+from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +19,10 @@ IMPLEMENTATIONS = {
     "reference": reference.sparse_attention,
 }
 # With a keyword more, page_table.
-PAGED_IMPLEMENTATIONS = {"reference": reference.sparse_attention_of_pages}
+PAGED_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "mosaic_tpu": mosaic_tpu.sparse_attention,
+    "reference": reference.sparse_attention_of_pages,
+}
 
 
 def sparse_attention(

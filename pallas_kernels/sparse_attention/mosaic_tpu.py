@@ -47,41 +47,47 @@ class _Options(NamedTuple):
 
 def sparse_attention(
     q: Float[Array, "B T Hq D"],
-    k: Float[Array, "B S Hkv D"],
-    v: Float[Array, "B S Hkv D"],
+    k: Float[Array, "B S Hkv D"] | Float[Array, "P Hkv Bk D"],
+    v: Float[Array, "B S Hkv D"] | Float[Array, "P Hkv Bk D"],
     block_ids: Int[Array, "B Hkv T K"],
     segment_ids: Int[Array, "B S"] | None,
     query_offset: Int[Array, "B"] | int,
     *,
     block_size: int,
     scale: float,
+    page_table: Int[Array, "B N"] | None = None,
     config: SparseAttentionConfig | None = None,
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over the visible tokens of the selected blocks: output and log-sum-exp.
 
     Args:
       q: bfloat16 or float32, of head_dim 64 or 128.
-      k: keys, at most 64 query heads each.
+      k: keys, at most 64 query heads each; with a page table [P, Hkv, Bk, D].
       v: values.
       block_ids: any number per query.
       segment_ids: document of each key slot, 0 for padding; None for one document per row.
       query_offset: the key slot of the first query, per row or for all.
       block_size: 64 or 128.
       scale: of the scores, positive.
+      page_table: the page of each block; a block without one, -1, counts as not selected. Pages
+        have no gradients.
       config: tile sizes.
 
     Raises:
       NotImplementedError: no TPU, or arguments other than the above.
     """
     target = current_target()
-    refuse_varying(q, k, v, block_ids, segment_ids, query_offset)
-    check_served(q, k, v, block_size, scale)
+    refuse_varying(q, k, v, block_ids, segment_ids, query_offset, page_table)
+    groups = k.shape[2] if page_table is None else k.shape[1]
+    check_served(q, k, v, groups, block_size, scale)
     options = _Options(block_size, float(scale), config or SparseAttentionConfig(), target)
     offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), q.shape[:1])
+    if page_table is not None:
+        return _attend_to_pages(options, q, k, v, block_ids, offsets, page_table)
     return _attention(options, q, k, v, block_ids, segment_ids, offsets)
 
 
-def check_served(q, k, v, block_size: int, scale: float) -> None:
+def check_served(q, k, v, groups: int, block_size: int, scale: float) -> None:
     """Raises NotImplementedError for what the kernels are not written for."""
     dtypes = {array.dtype.name for array in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
@@ -93,10 +99,10 @@ def check_served(q, k, v, block_size: int, scale: float) -> None:
         raise NotImplementedError(f"the kernels take a head_dim of 64 or 128, not {q.shape[3]}")
     if block_size not in (64, 128):
         raise NotImplementedError(f"the kernels take a block_size of 64 or 128, not {block_size}")
-    if q.shape[2] // k.shape[2] > MAX_GROUP:
+    if q.shape[2] // groups > MAX_GROUP:
         raise NotImplementedError(
             f"the kernels take at most {MAX_GROUP} query heads per KV head, not "
-            f"{q.shape[2] // k.shape[2]}"
+            f"{q.shape[2] // groups}"
         )
     if not scale > 0:
         raise NotImplementedError(f"the kernels take a positive scale, not {scale}")
@@ -110,27 +116,41 @@ def _attention(options: _Options, q, k, v, block_ids, segment_ids, offsets):
 @in_32_bits
 def _forward(options: _Options, q, k, v, block_ids, segment_ids, offsets):
     """Results, and what the backward pass needs."""
-    num_queries, groups = q.shape[1], k.shape[2]
-    block_size = options.block_size
-    config = options.config.forward or _tuned(options, q, k, "forward", TileConfig())
-    ids = visible_block_ids(block_ids, segment_ids, offsets, block_size)
+    ids = visible_block_ids(block_ids, segment_ids, offsets, options.block_size)
+    keys, values = (by_block(array, options.block_size) for array in (k, v))
+    o, lse = named(*_attend(options, q, keys, values, ids, offsets))
+    return (o, lse), (q, k, v, block_ids, segment_ids, offsets, o, lse)
+
+
+@in_32_bits
+def _attend_to_pages(options: _Options, q, k, v, block_ids, offsets, page_table):
+    ids = visible_block_ids(block_ids, None, offsets, options.block_size)
+    rows = jnp.arange(len(ids))[:, None, None, None]
+    ids = jnp.where(page_table[rows, jnp.maximum(ids, 0)] >= 0, ids, -1)
+    keys, values = (array.reshape(-1, *array.shape[2:]) for array in (k, v))
+    return _attend(options, q, keys, values, ids, offsets, page_table)
+
+
+def _attend(options: _Options, q, keys, values, ids, offsets, page_table=None):
+    """Output and log-sum-exp from blocks of keys and values, one head each."""
+    (batch, num_queries, heads, head_dim), groups = q.shape, ids.shape[1]
+    config = options.config.forward or _tuned(options, q, groups, "forward", TileConfig())
     tile = config.queries * options.target.chip.num_cores
     queries = by_group(padded(q, tile), groups)
-    keys, values = (by_block(array, block_size) for array in (k, v))
+    pages = len(keys) // (batch * groups) if page_table is None else page_table.shape[1]
     lists = tile_lists(
         ids,
         offsets,
         queries=config.queries,
         num_tiles=queries.shape[2] // config.queries,
-        num_blocks=-(-k.shape[1] // block_size),
+        num_blocks=pages,
+        page_table=page_table,
     )
     o, lse = forward(
         queries, keys, values, lists, scale=options.scale, config=config, target=options.target
     )
-    heads = q.shape[0], q.shape[2], -1
-    o = o.reshape(*heads, q.shape[3]).swapaxes(1, 2)[:, :num_queries]
-    o, lse = named(o, lse.reshape(heads)[:, :, :num_queries])
-    return (o, lse), (q, k, v, block_ids, segment_ids, offsets, o, lse)
+    o = o.reshape(batch, heads, -1, head_dim).swapaxes(1, 2)[:, :num_queries]
+    return o, lse.reshape(batch, heads, -1)[:, :, :num_queries]
 
 
 @in_32_bits
@@ -138,7 +158,7 @@ def _backward(options: _Options, kept, cotangents):
     q, k, v, block_ids, segment_ids, offsets, o, lse = kept
     do, d_lse = cotangents
     block_size = options.block_size
-    config = options.config.backward or _tuned(options, q, k, "backward", BackwardConfig())
+    config = options.config.backward or _tuned(options, q, k.shape[2], "backward", BackwardConfig())
     ids = visible_block_ids(block_ids, segment_ids, offsets, block_size)
     delta = jnp.einsum("bthd,bthd->bht", o, do, preferred_element_type=jnp.float32) - d_lse
     keys, values = (by_block(array, block_size) for array in (k, v))
@@ -188,13 +208,11 @@ def padded(array: Array, multiple: int) -> Array:
     return jnp.pad(array, widths)
 
 
-def _tuned[Config](options: _Options, q, k, which: str, default: Config) -> Config:
+def _tuned[Config](options: _Options, q, groups: int, which: str, default: Config) -> Config:
     """The tuned tile sizes of a pass, "forward" or "backward"; while decoding the smallest tile."""
     if q.shape[1] <= MIN_TILE:
         return dataclasses.replace(default, queries=MIN_TILE)  # pyrefly: ignore
-    bucket = shape_bucket(
-        q.shape[1], G=q.shape[2] // k.shape[2], D=q.shape[3], Bk=options.block_size
-    )
+    bucket = shape_bucket(q.shape[1], G=q.shape[2] // groups, D=q.shape[3], Bk=options.block_size)
     kind = options.target.chip.device_kind
     place = {"device_kind": kind, "dtype": q.dtype.name, "bucket": bucket}
     return tuned(f"sparse_attention.tpu_{which}", default, **place)

@@ -110,7 +110,8 @@ def _sorted_entries(
     place, tile, members = (x.reshape(-1) for x in (place, tile, lists[:, MEMBERS]))
     # A tile needs a block once: the order is whole.
     if (nobody + 1) * tiles_per_row > 2**32:
-        return jax.lax.sort((place, tile, members), num_keys=2, is_stable=False)
+        place, tile, members = jax.lax.sort((place, tile, members), num_keys=2, is_stable=False)
+        return place, tile, members
     # Half the operands to move and to compare, where both numbers fit into one.
     keys = place.astype(jnp.uint32) * tiles_per_row + tile.astype(jnp.uint32)
     keys, members = jax.lax.sort((keys, members), num_keys=1, is_stable=False)
