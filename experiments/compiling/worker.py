@@ -33,9 +33,10 @@ Record = dict[str, Any]
 MARK = "compile-check-record "
 DUMP_VARIABLE = "COMPILE_CHECK_DUMP"
 
-# Arrays of more tokens do not fit the memory of every chip. Those kernels whose schedules depend on
-# the length in nothing but the trips of loops are compiled for so many.
-_MOST_TOKENS = 2**17
+# Kernels whose schedules depend on the length in nothing but the trips of loops are compiled for so
+# many tokens: arrays of more do not fit the memory of every chip, and keys of fewer XLA may put into
+# vector memory, which the operations forbid and a kernel alone does not.
+_TOKENS = 2**17
 
 
 def main() -> None:
@@ -80,13 +81,13 @@ def _kernels_alone(order: Record, shape: Shape, place: Place) -> list[Record]:
     """Schedules of an operation's TPU kernels, without the rest of it."""
     op, folder = order["op"], pathlib.Path(os.environ[DUMP_VARIABLE])
     values = vars(config_of(op, shape, place.chip))
-    smaller = shape
+    compiled_for = shape
     if op != "select_blocks":
-        smaller = dataclasses.replace(shape, length=min(shape.length, _MOST_TOKENS))
+        compiled_for = dataclasses.replace(shape, length=_TOKENS)
     records = []
     with trying(table_name(op), values):
         with place.traced():
-            wanted = program(op, smaller, Options(**order["options"]))
+            wanted = program(op, compiled_for, Options(**order["options"]))
         for kernel in kernels_of(wanted, place):
             alone = kernel.program
             compiled = compile_for_tpu(alone.function, *alone.arguments, chip=place.chip)

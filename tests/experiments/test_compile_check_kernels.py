@@ -20,7 +20,7 @@ from experiments.compiling.targets import parse_target
 from experiments.compiling.timing import kernel_timing
 from experiments.compiling.worker import DUMP_VARIABLE, MARK
 
-# Keys of fewer tokens XLA may put into vector memory, which changes the schedules.
+# Kernels alone are compiled for so many.
 SHAPE = Shape(2**17)
 # One with two cores per device and one whose loops and branches are laid out otherwise.
 CHIPS = "v5p", "v7x"
