@@ -91,14 +91,15 @@ def kernel_records(
 def _section(section: Section, schedule: Schedule, expected: Expected) -> Record:
     """What its own bundles hold, and how often it runs where it stands."""
     cycles = max(section_cycles(section), 1)
-    shares = {u: n / (cycles * schedule.capacity[u]) for u, n in section.slots.items()}
+    slots = {u: n / schedule.capacity[u] for u, n in section.slots.items()}
+    shares = {u: round(n / cycles, 4) for u, n in slots.items()}
     spills = section.slots.get("VLOAD:FILL", 0) + section.slots.get("VSTORE:SPILL", 0)
     return {
         "path": section.path,
         "count": expected.count(section),
         "bundles": section.bundles,
         "cycles": section_cycles(section),
-        "occupancy": shares | {"MXU": section.product_cycles / cycles},
+        "occupancy": shares | {"MXU": round(section.product_cycles / cycles, 4)},
         "spills": spills,
         "copied_bytes": section.copied_bytes,
     }

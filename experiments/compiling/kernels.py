@@ -6,6 +6,7 @@ sorts of a million tokens' lists for minutes.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -78,5 +79,8 @@ def _alone(equation: JaxprEqn) -> Program:
         return equation.primitive.bind(*inputs, **equation.params)
 
     call.__name__ = equation.params["name"]  # which its instruction gets
-    shapes = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables)
-    return Program(call, shapes)
+    return Program(call, tuple(_struct(variable.aval) for variable in variables))
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

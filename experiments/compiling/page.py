@@ -67,28 +67,29 @@ those of several devices that share the queries are as many times shorter.
 
 # What bounds each operation, in words that hold for all chips.
 _NOTES = {
-    "select_blocks": """The products of index queries and keys occupy the MXUs nearly all of the
-time. The rest is the exact top-k, which works on maxima of blocks in vector registers and is a
-128th of the keys' number of rows, so that it matters at short lengths only.
+    "select_blocks": """The products of index queries and keys occupy the MXUs for most of the time.
+What is left is the exact top-k, which does not run beside them; its share falls with the length.
 """,
     "sparse_attention": """The MXU floor is that of the 16 blocks of each query alone. A query with
 its 16 heads is 16 rows, too few to pay for fetching a block and loading it into an MXU, so that a
 tile of neighbours goes through the union of their blocks and masks what a query has not picked: the
-tiles' floor. Above that there are the softmax of a step, part of which its products wait for, and
-about 170 bundles per step that start and await its copies, under which nothing is multiplied.
+tiles' floor. Larger tiles have fewer bytes and more of these products. Above that floor there are
+the softmax, part of which the products wait for, and some 200 bundles per step that start and await
+its copies, under which nothing is multiplied. Copies come close to the time but on v7x.
 """,
     "sparse_attention_gradient": """As the forward pass: tiles go through the union of their blocks
 for the gradient of queries, and each block through the tiles that need it for those of keys and
-values. Each fetches all that it multiplies anew, so that copies take nearly as long as products;
-on v5e, whose bandwidth is the least beside its MXUs, they take longer.
+values. Both fetch all that they multiply, so that copies take nearly as long as products; on v5e,
+whose bandwidth is the least beside its MXUs, they take longer for the gradient of queries.
 """,
-    "index_kl_gradient": """The floor has the index scores and their gradients alone. What takes the
-time is the teacher: each of the three kernels multiplies all heads' main queries with the main keys
-anew, rather than to store their probabilities, and the tiles' floor has that. Between these
-products stand an exponential per head and key and a sum over the heads, which nothing else hides.
+    "index_kl_gradient": """The MXU floor has the index scores and their gradients alone. What takes
+the time is the teacher: each of the three kernels multiplies all heads' main queries with the main
+keys anew, rather than to store their probabilities; the tiles' floor has that. An exponential per
+head and key follows, and a sum over heads. All go through the scores of 128 keys at a time, which
+fill a quarter of a 256-wide MXU: on v6e and v7x no less than four times the tiles' floor. The
+gradient of index keys also transposes, and spreads statistics over lanes, on the XLU.
 """,
 }
-
 
 _OUTSIDE = """
 ## Outside the kernels

@@ -33,9 +33,9 @@ Record = dict[str, Any]
 MARK = "compile-check-record "
 DUMP_VARIABLE = "COMPILE_CHECK_DUMP"
 
-# Kernels whose schedules depend on the length in nothing but the trips of loops are compiled for so
-# many tokens: arrays of more do not fit the memory of every chip, and keys of fewer XLA may put into
-# vector memory, which the operations forbid and a kernel alone does not.
+# Kernels whose schedules depend on the length in nothing but the trips of loops are compiled for
+# so many tokens: arrays of more do not fit the memory of every chip, and keys of fewer XLA may put
+# into vector memory, which the operations forbid and a kernel alone does not.
 _TOKENS = 2**17
 
 

@@ -296,6 +296,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 def test_the_report_compiles_everything_and_writes_a_page(monkeypatch, tmp_path, capsys):
     kernel = {"name": "kernel.1", "runs": 2, "vmem_bytes": 2**20, "sections": [{"spills": 3}]}
     timed = {"ms": 4.0, "copy_ms": 1.0, "bound": "MXU", "occupancy": {"MXU": 0.75, "VALU": 0.2}}
+    timed["floor_tiles_ms"] = 2.5
     figures = {
         "memory": {"temporaries": 5e9},
         "fits": True,
@@ -321,11 +322,12 @@ def test_the_report_compiles_everything_and_writes_a_page(monkeypatch, tmp_path,
     text = (tmp_path / "tpu-static.md").read_text()
     assert "**No TPU has run any of this.**" in text
     assert "python -m experiments.compile_check --report --lengths=32K,1M" in text
-    assert "| 1M | v5p | 8 | 5 | 1 | 1.6 | 0.5 | 5.00 | yes |" in text
-    assert "| 1M | v5p | `kernel` | 2 | 4 | 1 | MXU | 75 | 20 | 1.0 | 3 |" in text
-    assert "| 1M | v6e | `kernel` | 2 | - | - | nobody counted | - | - | 1.0 | 3 |" in text
+    assert "| 1M | v5p | 8 | 5 | 1 | 1.6 |\n" in text
+    assert "| 1M | v5p | `kernel` | 4 | 1 | 2.5 | 1.6 | MXU | 75 | 20 | 1.0 | 3 |" in text
+    assert "| 1M | v6e | `kernel` | - | - | - | - | nobody counted | - | - | 1.0 | 3 |" in text
     assert "| 32K | v5e | no / room |" in text
-    count = len(page.OPERATIONS) * 2 * len(MACHINES)
+    assert "| 32K | v5p | forward | 0.5 | 5.00 | yes |" in text
+    count = len(page.OPERATIONS) * (2 * len(MACHINES) + 1)
     assert len(json.loads((tmp_path / "tpu-static.json").read_text())["records"]) == count
 
 
