@@ -7,6 +7,7 @@ memory; the *MXU* multiplies matrices; a vector register has 8 *sublanes* of 128
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 SUBLANES = 8
+
+# Exponentials are powers of two: scores are multiplied by it.
+LOG2E = math.log2(math.e)
+# A score that a query does not see: finite, so that a difference of two is no NaN.
+HIDDEN = -1e30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,6 @@ from pallas_kernels.index_kl.tiles_mosaic_tpu import (
     over_tiles,
     pieces,
     teacher,
-    through_steps,
 )
 from pallas_kernels.mosaic_tpu import Target, in_hbm, product
 from pallas_kernels.sparse_attention.reverse_tiles import DISTANCE, ReverseTiles
@@ -76,7 +75,7 @@ def _index_q_gradient(scales, config, q_ref, index_q_ref, statistics_ref, out_re
         taken = index_keys[slot, ring.blocks(0, count)]
         out_ref[0] += product(gradient, taken, 0)
 
-    through_steps(ring, config.blocks_per_part, compute)
+    ring.run(config.blocks_per_part, compute)
 
 
 def _of_scores(t, s, statistics, seen):
@@ -222,9 +221,7 @@ def _index_k_gradient(call, owners, first_slices, now, after, keys, index_keys, 
             gradient = jnp.concatenate(gradients, axis=0).astype(factor.dtype)
             out_ref[0] += product(gradient.T, factor, 0)
 
-        ring.fill()
-        through_steps(ring, call.config.tiles_per_part, compute)
-        ring.finish()
+        ring.run(call.config.tiles_per_part, compute)
 
 
 def _teacher(call, ring, step, slot, place: int, keys, lse):

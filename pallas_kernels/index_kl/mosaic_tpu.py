@@ -15,7 +15,6 @@ from pallas_kernels.index_kl.gradient_mosaic_tpu import index_k_gradient, index_
 from pallas_kernels.index_kl.prefix_tiles import first_visible, prefix_lists
 from pallas_kernels.index_kl.tiles_mosaic_tpu import (
     INDEX_LSE,
-    LOG2E,
     NOTHING,
     START,
     IndexKLConfig,
@@ -23,7 +22,7 @@ from pallas_kernels.index_kl.tiles_mosaic_tpu import (
     Tiles,
 )
 from pallas_kernels.index_kl.value_mosaic_tpu import divergence, main_lse
-from pallas_kernels.mosaic_tpu import LANES, Target, current_target
+from pallas_kernels.mosaic_tpu import LANES, LOG2E, Target, current_target
 from pallas_kernels.sparse_attention.mosaic_tpu import MIN_TILE, by_block, check_served, padded
 from pallas_kernels.sparse_attention.reverse_tiles import reverse_tiles
 from pallas_kernels.sparse_attention.tile_lists import tile_lists

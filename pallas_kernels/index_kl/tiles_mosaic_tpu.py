@@ -6,7 +6,6 @@ query), so that the mean over heads is a sum of registers, and what follows has 
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,9 +21,6 @@ from pallas_kernels.sparse_attention.forward_mosaic_tpu import visible
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import BLOCK, NUM_ROWS
 
-LOG2E = math.log2(math.e)
-# Scores of keys that a query does not see: finite, so that a difference of two is no NaN.
-HIDDEN = -1e30
 # Log-sum-exp of a query that sees nothing: its probabilities are 0.
 NOTHING = 1e30
 
@@ -179,9 +175,7 @@ def over_tiles(
         has_next = i < pl.num_programs(1) - 1
         ring = Ring(now, after, has_next, hbm, buffers, semaphores, state)
         pl.when(i == 0)(ring.reset)
-        ring.fill()
         body(q, index_q, statistics, *outputs, *scratch, now, ring)
-        ring.finish()
 
     def block(array):
         return pl.BlockSpec((1, *array.shape[1:]), this)
@@ -222,26 +216,6 @@ def over_tiles(
         tiles.statistics,
         *in_hbm(*sources, target=target),
     )
-
-
-def through_steps(
-    ring: Ring, per_part: int, compute: Callable[[jax.Array, jax.Array, int], None]
-) -> None:
-    """Calls `compute(step, slot, count)` for each step, with the entries that it needs.
-
-    A step's last parts are left out where it has none of their entries; the parts of one call are
-    scheduled together.
-    """
-
-    def body(step, _):
-        ring.advance(step)
-        ring.wait(step)
-        left = jnp.minimum(ring.count - step * ring.blocks_per_step, ring.blocks_per_step)
-        sizes = range(per_part, ring.blocks_per_step + 1, per_part)
-        branches = [functools.partial(compute, step, ring.slot(step), size) for size in sizes]
-        jax.lax.switch(jax.lax.div(left - 1, per_part), branches)
-
-    jax.lax.fori_loop(0, ring.num_steps(ring.now), body, None)
 
 
 def pieces(ring: Ring, config: IndexKLConfig, step, count: int, start=None):

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.index_kl.tiles_mosaic_tpu import (
-    HIDDEN,
-    LOG2E,
     IndexKLConfig,
     Scales,
     Tiles,
@@ -21,9 +19,8 @@ from pallas_kernels.index_kl.tiles_mosaic_tpu import (
     over_tiles,
     pieces,
     teacher,
-    through_steps,
 )
-from pallas_kernels.mosaic_tpu import LANES, Target, product
+from pallas_kernels.mosaic_tpu import HIDDEN, LANES, LOG2E, Target, product
 
 # A teacher's probability below is 0: its logarithm is not taken.
 _TINY = 2.0**-126
@@ -66,7 +63,7 @@ def _main_lse(scales, config, q_ref, _, statistics, lse_ref, top, total, __, rin
             s = (product(q, keys[slot, at], 1) * scales.main).reshape(shape)
             _add(top, total, jnp.where(seen, s, HIDDEN).reshape(top.shape))
 
-    through_steps(ring, config.blocks_per_part, compute)
+    ring.run(config.blocks_per_part, compute)
     lse = _log_sum_exp(top, total).reshape(*shape[:2], 1)
     lane = jax.lax.broadcasted_iota(jnp.int32, shape[1:], 1)
     placed = jnp.zeros(shape[1:], jnp.float32)
@@ -122,7 +119,7 @@ def _divergence(
             terms[...] += jnp.where(t > _TINY, t * (jnp.log2(t) - s), 0)
             _add(top, total, s)
 
-    through_steps(ring, config.blocks_per_part, compute)
+    ring.run(config.blocks_per_part, compute)
     index_lse = _log_sum_exp(top, total)
     # The teacher sums up to 1 but for rounding: with its sum, a factor of all weights cancels.
     kl = terms[...].sum(-1, keepdims=True) + mass[...].sum(-1, keepdims=True) * index_lse

@@ -5,11 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target
+from pallas_kernels.mosaic_tpu import LANES, LOG2E, Target
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig
 from pallas_kernels.sparse_attention.key_value_gradient_mosaic_tpu import key_value_gradient
 from pallas_kernels.sparse_attention.query_gradient_mosaic_tpu import (
-    LOG2E,
     NUM_STATISTICS,
     query_gradient,
 )

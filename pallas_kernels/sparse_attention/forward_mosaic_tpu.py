@@ -6,7 +6,6 @@ mask of [R, keys] for all heads of its group.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target, across, in_hbm, product
+from pallas_kernels.mosaic_tpu import HIDDEN, LANES, LOG2E, Target, across, in_hbm, product
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import (
     BLOCK,
@@ -24,10 +23,6 @@ from pallas_kernels.sparse_attention.tile_lists import (
     SCALARS,
     SLOT,
 )
-
-# Scores of keys that a query does not see: finite, so that a difference of two is no NaN.
-_HIDDEN = -1e30
-_LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +36,9 @@ class TileConfig:
       depth: steps in flight, a power of two.
     """
 
-    queries: int = 16
-    blocks_per_step: int = 8
-    blocks_per_part: int = 4
+    queries: int = 8
+    blocks_per_step: int = 16
+    blocks_per_part: int = 8
     depth: int = 4
 
     def __post_init__(self):
@@ -156,31 +151,19 @@ def _kernel(
     softmax = _Softmax(*sums)
     pl.when(i == 0)(ring.reset)
     softmax.reset()
-    ring.fill()
     _, group, queries, head_dim = q_ref.shape
     q = q_ref[0].reshape(group * queries, head_dim)
 
-    def attend(step, parts):
-        """The first parts of a step: one's products run under another's exponentials."""
-        for part in range(parts):
-            first = part * config.blocks_per_part
-            taken = ring.slot(step), ring.blocks(first, config.blocks_per_part)
-            s = product(q, keys[taken], 1) * (scale * _LOG2E)
+    def attend(step, slot, count):
+        for first in range(0, count, config.blocks_per_part):
+            taken = slot, ring.blocks(first, config.blocks_per_part)
+            s = product(q, keys[taken], 1) * (scale * LOG2E)
             entry = step * config.blocks_per_step + first
             seen = visible(now, entry, config.blocks_per_part, queries, ring.block_size)
-            s = jnp.where(seen, s.reshape(group, *seen.shape), _HIDDEN).reshape(s.shape)
+            s = jnp.where(seen, s.reshape(group, *seen.shape), HIDDEN).reshape(s.shape)
             softmax.add(s, values[taken])
 
-    def body(step, _):
-        ring.advance(step)
-        ring.wait(step)
-        left = jnp.minimum(ring.count - step * config.blocks_per_step, config.blocks_per_step)
-        sizes = range(1, config.blocks_per_step // config.blocks_per_part + 1)
-        branches = [functools.partial(attend, step, parts) for parts in sizes]
-        jax.lax.switch(jax.lax.div(left - 1, config.blocks_per_part), branches)
-
-    jax.lax.fori_loop(0, ring.num_steps(now), body, None)
-    ring.finish()
+    ring.run(config.blocks_per_part, attend)
     o, lse = softmax.results()
     o_ref[0] = o.astype(o_ref.dtype).reshape(o_ref.shape[1:])
     # Statistics lie along lanes in memory: one per row, it would be padded to 128.
@@ -202,7 +185,7 @@ class _Softmax:
     acc: Any
 
     def reset(self) -> None:
-        self.top[...] = jnp.full(self.top.shape, _HIDDEN, jnp.float32)
+        self.top[...] = jnp.full(self.top.shape, HIDDEN, jnp.float32)
         self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
         self.acc[...] = jnp.zeros(self.acc.shape, jnp.float32)
 
@@ -221,11 +204,11 @@ class _Softmax:
     def results(self) -> tuple[jax.Array, jax.Array]:
         """Output [rows, D], and the log-sum-exp in all lanes; 0 and -inf where nothing was seen."""
         highest = self.top[...]
-        seen = highest > _HIDDEN
+        seen = highest > HIDDEN
         total = jnp.where(seen, self.total[...].sum(-1, keepdims=True), 1.0)
         width = self.acc.shape[1]
         o = jnp.where(across(seen, width), self.acc[...] / across(total, width), 0)
-        return o, jnp.where(seen, (highest + jnp.log2(total)) / _LOG2E, -jnp.inf)
+        return o, jnp.where(seen, (highest + jnp.log2(total)) / LOG2E, -jnp.inf)
 
 
 def visible(tile, first, count, queries: int, block_size: int):

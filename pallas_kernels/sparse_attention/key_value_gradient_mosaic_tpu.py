@@ -12,10 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_tpu import Target, in_hbm, product
+from pallas_kernels.mosaic_tpu import LOG2E, Target, in_hbm, product
 from pallas_kernels.sparse_attention.query_gradient_mosaic_tpu import (
     DELTA,
-    LOG2E,
     LSE,
     NUM_STATISTICS,
 )
@@ -165,14 +164,15 @@ def _kernel(
             dk[...] = jnp.zeros(dk.shape, jnp.float32)
             dv[...] = jnp.zeros(dv.shape, jnp.float32)
 
-        ring.fill()
         add = functools.partial(
             _add, ring, k_ref[0], v_ref[0], dk, dv, scale=scale, queries=queries
         )
-        jax.lax.fori_loop(
-            0, ring.num_steps(now), functools.partial(_step, ring, add, tiles_per_part), None
-        )
-        ring.finish()
+
+        def add_parts(step, slot, count):
+            for place in range(0, count, tiles_per_part):
+                add(step, slot, place, tiles_per_part)
+
+        ring.run(tiles_per_part, add_parts)
 
         @pl.when(last)
         def _():
@@ -180,26 +180,10 @@ def _kernel(
             dv_ref[0] = dv[...].astype(dv_ref.dtype)
 
 
-def _step(ring, add, tiles_per_part, step, _):
-    """Adds the terms of a step's tiles, part by part."""
-    ring.advance(step)
-    ring.wait(step)
-    per_step = ring.blocks_per_step
-
-    def add_parts(parts):
-        for part in range(parts):
-            add(step, part * tiles_per_part, tiles_per_part)
-
-    left = jnp.minimum(ring.count - step * per_step, per_step)
-    sizes = range(1, per_step // tiles_per_part + 1)
-    branches = [functools.partial(add_parts, parts) for parts in sizes]
-    jax.lax.switch(jax.lax.div(left - 1, tiles_per_part), branches)
-
-
-def _add(ring, k, v, dk, dv, step, first, count, *, scale, queries):
+def _add(ring, k, v, dk, dv, step, slot, first, count, *, scale, queries):
     """Adds the terms of `count` tiles of a step, from the `first` on."""
     q_buffer, do_buffer, statistics = ring.buffers
-    slot, taken = ring.slot(step), ring.blocks(first, count)
+    taken = ring.blocks(first, count)
     num_rows = ring.block_size
     q, do = q_buffer[slot, taken], do_buffer[slot, taken]
 

@@ -4,7 +4,6 @@ As in the forward pass, rows of the matrix products are (head, query) of a tile.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_tpu import LANES, Target, across, in_hbm, product
+from pallas_kernels.mosaic_tpu import LANES, LOG2E, Target, across, in_hbm, product
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig, visible
 from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
 from pallas_kernels.sparse_attention.tile_lists import NUM_ROWS
@@ -22,7 +21,6 @@ from pallas_kernels.sparse_attention.tile_lists import NUM_ROWS
 LSE, DELTA = range(2)
 # As many as a vector register has sublanes, so that a copy of them is whole registers.
 NUM_STATISTICS = 8
-LOG2E = math.log2(math.e)
 
 
 def query_gradient(
@@ -129,13 +127,10 @@ def _kernel(
     columns = statistics[0].T
     for row, ref in ((LSE, lse), (DELTA, delta)):
         ref[...] = jnp.broadcast_to(columns[:num_rows, row : row + 1], ref.shape)
-    ring.fill()
 
-    def add(step, parts):
-        """The first parts of a step: one's products run under another's exponentials."""
-        for part in range(parts):
-            first = part * config.blocks_per_part
-            taken = ring.slot(step), ring.blocks(first, config.blocks_per_part)
+    def add(step, slot, count):
+        for first in range(0, count, config.blocks_per_part):
+            taken = slot, ring.blocks(first, config.blocks_per_part)
             s = product(q, keys[taken], 1) * (scale * LOG2E)
             weights = jnp.exp2(s - across(lse[...], s.shape[1]))
             ds = weights * (product(do, values[taken], 1) - across(delta[...], s.shape[1]))
@@ -144,14 +139,5 @@ def _kernel(
             ds = jnp.where(seen, ds.reshape(-1, *seen.shape), 0).reshape(s.shape)
             acc[...] += product(ds.astype(keys.dtype), keys[taken], 0)
 
-    def body(step, _):
-        ring.advance(step)
-        ring.wait(step)
-        left = jnp.minimum(ring.count - step * config.blocks_per_step, config.blocks_per_step)
-        sizes = range(1, config.blocks_per_step // config.blocks_per_part + 1)
-        branches = [functools.partial(add, step, parts) for parts in sizes]
-        jax.lax.switch(jax.lax.div(left - 1, config.blocks_per_part), branches)
-
-    jax.lax.fori_loop(0, ring.num_steps(now), body, None)
-    ring.finish()
+    ring.run(config.blocks_per_part, add)
     dq_ref[0] = (acc[...] * scale).astype(dq_ref.dtype)

@@ -6,6 +6,8 @@ until its first byte is there.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,24 +83,46 @@ class Ring:
         self.state[FIRST_SLOT] = 0
         self.state[STARTED] = 0
 
-    def fill(self) -> None:
+    def run(self, per_part: int, compute: Callable[[jax.Array, jax.Array, int], None]) -> None:
+        """Goes through the tile: calls `compute(step, slot, count)` for each step.
+
+        Args:
+          per_part: `count` is a multiple of it. The last parts of a step are left out where none of
+            their blocks is the tile's; those that are left in are scheduled together, so that one's
+            products run under another's exponentials.
+          compute: works on the first `count` blocks in the buffers' `slot`.
+        """
+
+        def body(step, _):
+            self._advance(step)
+            self._wait(step)
+            left = jnp.minimum(self.count - step * self.blocks_per_step, self.blocks_per_step)
+            sizes = range(per_part, self.blocks_per_step + 1, per_part)
+            branches = [functools.partial(compute, step, self.slot(step), size) for size in sizes]
+            jax.lax.switch(jax.lax.div(left - 1, per_part), branches)
+
+        self._fill()
+        jax.lax.fori_loop(0, self.num_steps(self.now), body, None)
+        self._finish()
+
+    def _fill(self) -> None:
         """Starts a tile's first copies, those that the tile before it did not."""
         stop = jnp.minimum(self.depth - 1, self._num_known())
         jax.lax.fori_loop(self.state[STARTED], stop, lambda step, _: self._start(step), None)
 
-    def advance(self, step: jax.Array | int) -> None:
+    def _advance(self, step: jax.Array | int) -> None:
         """Starts the copies furthest ahead, into the buffer that the step before this one left."""
         ahead = step + self.depth - 1
         pl.when(ahead < self._num_known())(lambda: self._start(ahead))
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Hands over to the next tile."""
         steps = self.num_steps(self.now)
         started = jnp.minimum(steps + self.depth - 1, self._num_known()) - steps
         self.state[FIRST_SLOT] = self.slot(steps)
         self.state[STARTED] = started
 
-    def wait(self, step: jax.Array | int) -> None:
+    def _wait(self, step: jax.Array | int) -> None:
         """Until a step's blocks are there; nothing is scheduled across it."""
         slot = self.slot(step)
         # A wait takes as long as dozens of products: one for all copies of a source.

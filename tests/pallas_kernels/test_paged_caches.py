@@ -224,6 +224,6 @@ class TestRefusals:
             call(query_offset=76)
 
     def test_an_implementation_without_pages(self, call):
-        message = r"of pages has no implementation \['triton'\]; choose from reference"
+        message = r"of pages has no implementation \['triton'\]; choose from mosaic_tpu, reference"
         with pytest.raises(ValueError, match=message):
             call(implementation="triton")
