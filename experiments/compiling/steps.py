@@ -27,7 +27,7 @@ def lower_step(config: ExperimentConfig, place: Place, phase: Phase) -> jax.stag
       ConfigError: the mesh does not fit the devices, or splits a parameter unevenly.
     """
     mesh = make_mesh(dataclasses.asdict(config.mesh), place.devices())
-    rows = jax.NamedSharding(mesh, RULES.spec("batch", None, mesh_axes=mesh.axis_names))
+    rows = jax.NamedSharding(mesh, RULES.spec("batch", "sequence", mesh_axes=mesh.axis_names))
     shape = config.data.batch_size, config.data.sequence_length
     row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     with jax.set_mesh(mesh), place.traced():

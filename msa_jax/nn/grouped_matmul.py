@@ -35,7 +35,7 @@ def apply_grouped(
       fn's result for every row; 0 for rows behind the last group.
     """
     if implementation is None:
-        implementation = "tiles" if jax.default_backend() == "cpu" else "ragged_dot"
+        implementation = "tiles" if _platform() == "cpu" else "ragged_dot"
     owned = jnp.arange(len(x)) < group_sizes.sum()
     if implementation == "ragged_dot":
         y = fn(x, lambda rows, w: jax.lax.ragged_dot(rows, w, group_sizes))
@@ -44,6 +44,12 @@ def apply_grouped(
     else:
         raise ValueError(f"implementation={implementation!r}: choose ragged_dot or tiles")
     return jnp.where(owned[:, None], y, 0)
+
+
+def _platform() -> str:
+    """What is traced for: the mesh's devices, which need not be this machine's, or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _apply_in_tiles(fn, x, group_sizes):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.index_kl.gradient_mosaic_tpu import index_k_gradient, index_q_gradient
@@ -23,6 +24,7 @@ from pallas_kernels.index_kl.tiles_mosaic_tpu import (
 )
 from pallas_kernels.index_kl.value_mosaic_tpu import divergence, main_lse
 from pallas_kernels.mosaic_tpu import LANES, LOG2E, Target, current_target
+from pallas_kernels.residuals import LOG_SUM_EXP
 from pallas_kernels.sparse_attention.mosaic_tpu import MIN_TILE, by_block, check_served, padded
 from pallas_kernels.sparse_attention.reverse_tiles import reverse_tiles
 from pallas_kernels.sparse_attention.tile_lists import tile_lists
@@ -133,6 +135,8 @@ def _forward(options: _Options, index_q, index_k, q, k, block_ids, segment_ids, 
         lse = jnp.moveaxis(lse, 3, 2).reshape(q.shape[0], q.shape[2], q.shape[1])
     values = divergence(call.with_statistics(lse), call.scales, **how)
     kl, index_lse = jnp.moveaxis(call.by_query(values[..., :2]), 3, 0)
+    # Else rematerialisation runs the whole kernel again.
+    index_lse = checkpoint_name(index_lse, LOG_SUM_EXP)
     return (kl, index_lse), (index_q, index_k, q, k, *place, lse, index_lse)
 
 

@@ -22,7 +22,9 @@ from pallas_kernels.tuning import trying
 
 # Documents that start inside a block, as they may without a selection.
 PREFIX_CASES = {
-    "from the first query": changed(per_group=4, query_offset=0, num_queries=50, num_keys=50),
+    "one head per group, from the first query": changed(
+        per_group=1, query_offset=0, num_queries=50, num_keys=50
+    ),
     "an offset per batch row": changed(groups=2, batch=2, num_queries=9, query_offset=(4, 130)),
     "documents with padding behind them": changed(
         num_queries=300,
@@ -97,10 +99,11 @@ def assert_as_oracle(case, block_ids, *, lse_given=False, tiles=SMALL_TILES):
         assert_close(actual, gradient, case.dtype)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_value_and_gradients(case):
+# With bfloat16 it is interpreted strictly, below.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "bfloat16"])
+def test_value_and_gradients(name):
     with interpreted():
-        assert_as_oracle(case, case.block_ids())
+        assert_as_oracle(CASES[name], CASES[name].block_ids())
 
 
 @pytest.mark.parametrize("case", PREFIX_CASES.values(), ids=PREFIX_CASES)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from msa_jax.nn.grouped_matmul import apply_grouped
 
@@ -89,3 +90,16 @@ def test_unknown_implementation_is_an_error_that_names_the_choices():
     group_sizes = jnp.zeros(GROUPS, jnp.int32)
     with pytest.raises(ValueError, match="implementation='loop': choose ragged_dot or tiles"):
         apply_grouped(lambda x, _: x, jnp.asarray(rows()), group_sizes, implementation="loop")
+
+
+def test_what_runs_is_for_the_devices_that_are_traced_for():
+    """Tiles are for CPUs: a step that is compiled here for TPUs is to be the one that they run."""
+
+    def operations():
+        arguments = jnp.asarray(rows()), *weights(), jnp.asarray(GROUP_SIZES["uneven"])
+        return str(jax.make_jaxpr(lambda *x: loss(*x, 1.0, None))(*arguments))
+
+    tpu = AbstractDevice("TPU v5", 2, "tpu")
+    assert "ragged_dot" not in operations()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=tpu)):
+        assert "ragged_dot" in operations()
