@@ -126,7 +126,17 @@ def _owner(place: Int[Array, "n"], per_core: int, cores: int) -> Int[Array, "n"]
 def _cut(
     entries: Int[Array, "n"], start: Int[Array, "items"], count: Int[Array, "items"], length: int
 ) -> Int[Array, "items L"]:
-    """Runs of entries, with 0 behind them."""
-    entries = jnp.pad(entries, (0, length))
-    cut = jax.vmap(lambda first: jax.lax.dynamic_slice_in_dim(entries, first, length))(start)
-    return jnp.where(jnp.arange(length, dtype=jnp.int32) < count[:, None], cut, 0)
+    """Runs of entries, with 0 behind them.
+
+    A run lies in two neighbouring windows, which are gathered whole and moved to its start, one bit
+    of the distance at a time: XLA would take runs that start anywhere out one by one.
+    """
+    windows = jnp.pad(entries, (0, -len(entries) % length + 2 * length)).reshape(-1, length)
+    window, distance = start // length, start % length
+    cut = jnp.concatenate((windows[window], windows[window + 1]), axis=1)
+    step = 1
+    while step < length:
+        moved = jnp.concatenate((cut[:, step:], cut[:, :step]), axis=1)
+        cut = jnp.where((distance & step != 0)[:, None], moved, cut)
+        step *= 2
+    return jnp.where(jnp.arange(length, dtype=jnp.int32) < count[:, None], cut[:, :length], 0)
