@@ -9,7 +9,7 @@ import numpy_oracle
 import pytest
 from op_cases import compiled
 from test_index_kl_triton import cotangents, expected_gradients
-from tpu_cases import CASES, SMALL, changed, interpreted, interpreted_strictly
+from tpu_cases import CASES, SMALL, changed, interpreted, interpreted_strictly, without_sorts
 from triton_cases import assert_close, exact
 
 from pallas_kernels import BlockSelection, index_kl
@@ -17,7 +17,6 @@ from pallas_kernels.ahead_of_time_tpu import compile_for_tpu
 from pallas_kernels.index_kl import mosaic_tpu
 from pallas_kernels.index_kl.tiles_mosaic_tpu import IndexKLConfig
 from pallas_kernels.mosaic_tpu import CHIPS
-from pallas_kernels.sparse_attention.reverse_tiles import reverse_tiles
 from pallas_kernels.tuning import trying
 
 # Documents that start inside a block, as they may without a selection.
@@ -137,25 +136,22 @@ def test_without_races_and_in_memory_of_nan(case):
         assert_as_oracle(case, None if case is PACKED else case.block_ids(), lse_given=True)
 
 
-@pytest.mark.parametrize("prefix", [False, True])
-def test_gradients_of_a_querys_scores_sum_to_zero(prefix):
+def test_gradients_of_a_querys_scores_sum_to_zero():
     """Index keys that are unit vectors make a query's gradient that of its scores."""
     case = changed(num_queries=30, num_keys=64, query_offset=34, top_k=1)
     q, k, _ = case.main_inputs()
     scores = jnp.asarray(case.normal(7, case.num_queries, 1, case.num_keys), jnp.float32)
     one_hot = jnp.eye(case.num_keys)[None]
-    block_ids = None if prefix else case.block_ids()
 
     def gradient(scores):
-        return jax.grad(lambda x: align(case, block_ids, None, q, k, x, one_hot)[0].sum())(scores)
+        return jax.grad(lambda x: align(case, None, None, q, k, x, one_hot)[0].sum())(scores)
 
-    kernel = "index_kl.tpu_prefix" if prefix else "index_kl.tpu"
-    with interpreted(), trying(kernel, SMALL_TILES):
+    with interpreted(), trying("index_kl.tpu_prefix", SMALL_TILES):
         actual = np.asarray(compiled(gradient)(scores))
     np.testing.assert_allclose(actual.sum(-1), 0, atol=2e-6)
     arguments = exact(q, k, scores, one_hot)
     weights = np.ones((1, 1, case.num_queries))
-    wanted, _ = numpy_oracle.index_kl_gradients(*arguments, case.mask(block_ids), weights)
+    wanted, _ = numpy_oracle.index_kl_gradients(*arguments, case.mask(None), weights)
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
     assert np.abs(actual).max() > 0.01
 
@@ -232,10 +228,9 @@ def gradients(num_queries, prefix, size=128, dtype="bfloat16"):
     return run, arguments
 
 
-def unsorted(*args, **sizes):
-    """Lists of the right size: XLA's sort of them takes half a minute to compile."""
-    shapes = jax.eval_shape(functools.partial(reverse_tiles, **sizes), *args)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+@pytest.fixture
+def unsorted(monkeypatch):
+    without_sorts(monkeypatch, mosaic_tpu)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +241,8 @@ def unsorted(*args, **sizes):
         ("v7x", 4096, True),
     ],
 )
-def test_compiles(chip, num_queries, prefix, monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "reverse_tiles", unsorted)
+@pytest.mark.usefixtures("unsorted")
+def test_compiles(chip, num_queries, prefix):
     run, arguments = gradients(num_queries, prefix)
     executable = compile_for_tpu(run, *arguments, chip=chip)
     text = executable.as_text()
@@ -256,8 +251,8 @@ def test_compiles(chip, num_queries, prefix, monkeypatch):
     assert executable.memory_analysis().temp_size_in_bytes < 2e9
 
 
+@pytest.mark.usefixtures("unsorted")
 @pytest.mark.parametrize("prefix", [False, True])
-def test_compiles_with_small_blocks_and_dims(prefix, monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "reverse_tiles", unsorted)
+def test_compiles_with_small_blocks_and_dims(prefix):
     run, arguments = gradients(1024, prefix, 64, "float32")
     assert "index_kl_index_k_gradient" in compile_for_tpu(run, *arguments, chip="v5e").as_text()

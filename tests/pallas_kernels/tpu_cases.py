@@ -2,12 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from triton_cases import Case
 
 from pallas_kernels.mosaic_tpu import CHIPS, Target, traced_for
+from pallas_kernels.sparse_attention.reverse_tiles import reverse_tiles
+from pallas_kernels.sparse_attention.tile_lists import tile_lists
 
 # One core, and two cores that share a device.
 ONE_CORE, TWO_CORES = CHIPS["v6e"], CHIPS["v5p"]
@@ -54,3 +59,22 @@ def interpreted_strictly(chip=ONE_CORE):
     races = interpret_pallas_call.races
     assert races is not None
     assert not races.races_found
+
+
+def without_sorts(monkeypatch, *modules):
+    """Gives the kernels of modules lists of the right size in place of sorted ones.
+
+    XLA's sorts take longer to compile than the kernels. Whole steps are compiled with them.
+    """
+
+    def instead_of(build):
+        def lists(*args, **sizes):
+            shapes = jax.eval_shape(functools.partial(build, **sizes), *args)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return lists
+
+    for module in modules:
+        for build in (tile_lists, reverse_tiles):
+            if hasattr(module, build.__name__):
+                monkeypatch.setattr(module, build.__name__, instead_of(build))
