@@ -41,6 +41,9 @@ CASES = {
         num_queries=150, query_offset=0, documents=((0, 60), (64, 100), (128, 145)), top_k=3
     ),
     "decoding": changed(per_group=4, groups=2, batch=2, num_queries=1, query_offset=(149, 70)),
+    "16 blocks per query": changed(
+        per_group=4, num_queries=9, num_keys=1100, query_offset=1091, top_k=16
+    ),
     "bfloat16": changed(per_group=4, dtype="bfloat16", top_k=3),
 }
 
