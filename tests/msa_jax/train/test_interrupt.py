@@ -1,6 +1,5 @@
 """Real signals, sent to this process."""
 
-import os
 import signal
 import threading
 
@@ -14,7 +13,7 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with Interruption() as interruption:
         assert interruption.signal is None
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert interruption.signal == number
     assert {n: signal.getsignal(n) for n in before} == before
 
@@ -33,9 +32,9 @@ def test_handlers_come_back_after_an_exception_that_is_not_hidden():
 
 def test_a_second_signal_acts_as_before():
     with Interruption():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_off_the_main_thread_it_changes_nothing():

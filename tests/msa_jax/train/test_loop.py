@@ -171,7 +171,7 @@ def test_clock_fields_are_there(whole):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, whole, number):
-    hook = Hook(3, lambda: os.kill(os.getpid(), number))
+    hook = Hook(3, lambda: signal.raise_signal(number))
     stopped = run(tmp_path, hook=hook)
     assert (stopped.step, stopped.interrupted) == (3, number)
     assert hook.phases == ["warmup"] * 3
