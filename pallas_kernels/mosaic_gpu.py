@@ -6,16 +6,16 @@ copies. A copy between GMEM (device memory) and SMEM (a core's shared memory) ru
 reports to a barrier.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.tracing import GivenTarget
 
 # Shared memory that one thread block may take on sm_90, and registers per thread position (lane)
 # over the warpgroups of a block: 64K registers / 128 threads.
@@ -35,20 +35,8 @@ class Target:
     interpret: plgpu.InterpretGPUParams | None = None
 
 
-_override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def traced_for(target: Target) -> Iterator[None]:
-    """Traces kernels for `target` on a machine without the GPU: to interpret or to compile ahead.
-
-    The target is read while a kernel is traced; functions already jitted keep theirs.
-    """
-    token = _override.set(target)
-    try:
-        yield
-    finally:
-        _override.reset(token)
+_given: GivenTarget[Target] = GivenTarget()
+traced_for = _given.traced_for
 
 
 def current_target() -> Target:
@@ -57,9 +45,9 @@ def current_target() -> Target:
     Raises:
       NotImplementedError: the default device is not a Hopper GPU.
     """
-    override = _override.get()
-    if override is not None:
-        return override
+    given = _given.get()
+    if given is not None:
+        return given
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise NotImplementedError(

@@ -4,15 +4,14 @@ Words used in the kernels: HBM is the device's memory, VMEM a core's vector memo
 memory; the *MXU* multiplies matrices; a vector register has 8 *sublanes* of 128 *lanes*.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tracing import GivenTarget
 
 LANES = 128
 SUBLANES = 8
@@ -104,20 +103,8 @@ class Target:
     interpret: bool | pltpu.InterpretParams = False
 
 
-_override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def traced_for(target: Target) -> Iterator[None]:
-    """Traces kernels for `target` on a machine without the TPU: to interpret or to compile ahead.
-
-    The target is read while a kernel is traced; functions already jitted keep theirs.
-    """
-    token = _override.set(target)
-    try:
-        yield
-    finally:
-        _override.reset(token)
+_given: GivenTarget[Target] = GivenTarget()
+traced_for = _given.traced_for
 
 
 def current_target() -> Target:
@@ -126,9 +113,9 @@ def current_target() -> Target:
     Raises:
       NotImplementedError: the default device is no TPU, or one that the kernels have no facts of.
     """
-    override = _override.get()
-    if override is not None:
-        return override
+    given = _given.get()
+    if given is not None:
+        return given
     device = jax.devices()[0]
     if device.platform != "tpu":
         raise NotImplementedError(f"Mosaic TPU kernels need a TPU, this is {device.platform!r}")

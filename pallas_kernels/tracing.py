@@ -1,10 +1,37 @@
-"""How kernels are traced, on any device: 32-bit types, and arrays that do not vary over a mesh."""
+"""How kernels are traced, on any device: for which target, in 32 bits, for arrays of one device."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+
+
+class GivenTarget[T]:
+    """The target that kernels of one kind are traced for, where it is not the default device."""
+
+    def __init__(self):
+        self._variable: contextvars.ContextVar[T | None] = contextvars.ContextVar(
+            "target", default=None
+        )
+
+    @contextlib.contextmanager
+    def traced_for(self, target: T) -> Iterator[None]:
+        """Traces kernels for `target` on a machine without it: to interpret or to compile ahead.
+
+        The target is read while a kernel is traced; functions already jitted keep theirs.
+        """
+        token = self._variable.set(target)
+        try:
+            yield
+        finally:
+            self._variable.reset(token)
+
+    def get(self) -> T | None:
+        """The target, None outside of `traced_for`."""
+        return self._variable.get()
 
 
 def in_32_bits[R](fn: Callable[..., R]) -> Callable[..., R]:

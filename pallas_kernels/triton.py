@@ -6,15 +6,15 @@ before. Kernels are marked `no_type_check`, since Triton compiles their source: 
 the annotations, as the tests have, would hide it.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.tracing import GivenTarget
 
 MIN_CAPABILITY = 80
 MAX_HEAD_DIM = 256
@@ -40,17 +40,8 @@ class Target:
     interpreter: Interpreter | None = None
 
 
-_override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def traced_for(target: Target) -> Iterator[None]:
-    """Traces kernels for `target` on a machine without the GPU, also what is compiled ahead."""
-    token = _override.set(target)
-    try:
-        yield
-    finally:
-        _override.reset(token)
+_given: GivenTarget[Target] = GivenTarget()
+traced_for = _given.traced_for
 
 
 def current_target() -> Target:
@@ -60,9 +51,9 @@ def current_target() -> Target:
       NotImplementedError: the default device is not an NVIDIA GPU from Ampere on, or jax-triton
         does not load.
     """
-    override = _override.get()
-    if override is not None:
-        return override
+    given = _given.get()
+    if given is not None:
+        return given
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise NotImplementedError(f"Triton kernels need an NVIDIA GPU, this is {device.platform!r}")

@@ -28,8 +28,8 @@ from pallas_kernels.index_kl.tiles_mosaic_tpu import (
 )
 from pallas_kernels.mosaic_tpu import Target, in_hbm, product
 from pallas_kernels.sparse_attention.reverse_tiles import DISTANCE, ReverseTiles
-from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
-from pallas_kernels.sparse_attention.tile_lists import MEMBERS, NUM_ROWS, PAGE
+from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring, slices_in_turn
+from pallas_kernels.sparse_attention.tile_lists import MEMBERS, PAGE
 
 
 def index_q_gradient(
@@ -120,41 +120,30 @@ def index_k_gradient(
     pages, block_size, head_dim = tiles.keys.shape
     index_dim = tiles.index_keys.shape[2]
     num_blocks = pages // (batch * groups)
-    cores = slices.first_slices.shape[0] - 1
+    turn = slices_in_turn(slices)
 
-    def number(core, i, first):
-        return jnp.minimum(first[core] + i, first[core + 1] - 1)
+    def owner(core, i, owners, first):
+        return owners[turn.number(core, i, owners, first)]
 
-    def this(core, i, owners, first):
-        return number(core, i, first), 0, 0
+    def of_owner(*step):
+        row, block = jax.lax.div(owner(*step), num_blocks), jax.lax.rem(owner(*step), num_blocks)
+        return row, 0, block, 0, 0
 
-    def following(core, i, owners, first):
-        return number(core, i + 1, first), 0, 0
-
-    def of_owner(core, i, owners, first):
-        owner = owners[number(core, i, first)]
-        return jax.lax.div(owner, num_blocks), 0, jax.lax.rem(owner, num_blocks), 0, 0
-
-    list_block = 1, NUM_ROWS, slices.lists.shape[2]
     sources = tiles.q, tiles.index_q, tiles.statistics
     call = _Call(scales, config, tiles.lists.shape[0] // (batch * groups), num_blocks)
     return pl.pallas_call(
         functools.partial(_index_k_gradient, call),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cores, (slices.first_slices[1:] - slices.first_slices[:-1]).max()),
+            grid=turn.grid,
             in_specs=[
-                pl.BlockSpec(list_block, this, memory_space=pltpu.SMEM),
-                pl.BlockSpec(list_block, following, memory_space=pltpu.SMEM),
+                *turn.lists,
                 # One block of all groups' keys; index keys are the same for all.
                 pl.BlockSpec((1, groups, 1, block_size, head_dim), of_owner),
                 pl.BlockSpec((1, 1, 1, block_size, index_dim), of_owner),
                 *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in sources),
             ],
-            out_specs=pl.BlockSpec(
-                (1, block_size, index_dim),
-                lambda core, i, owners, first: (owners[number(core, i, first)], 0, 0),
-            ),
+            out_specs=pl.BlockSpec((1, block_size, index_dim), lambda *step: (owner(*step), 0, 0)),
             scratch_shapes=[
                 *(
                     pltpu.VMEM(

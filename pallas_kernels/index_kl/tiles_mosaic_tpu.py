@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_tpu import LANES, Target, in_hbm, product
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import visible
-from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
-from pallas_kernels.sparse_attention.tile_lists import BLOCK, NUM_ROWS
+from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring, tiles_in_turn
+from pallas_kernels.sparse_attention.tile_lists import BLOCK
 
 # Log-sum-exp of a query that sees nothing: its probabilities are 0.
 NOTHING = 1e30
@@ -157,15 +157,7 @@ def over_tiles(
       target: what the kernel is traced for.
       name: of the kernel.
     """
-    num_tiles, cores = tiles.lists.shape[0], target.chip.num_cores
-    per_core = num_tiles // cores
-    list_block = 1, NUM_ROWS, tiles.lists.shape[2]
-
-    def this(core, i):
-        return core * per_core + i, 0, 0
-
-    def following(core, i):
-        return core * per_core + jnp.minimum(i + 1, per_core - 1), 0, 0
+    turn = tiles_in_turn(tiles.lists, target.chip.num_cores)
 
     def program(now, after, q, index_q, statistics, *refs):
         hbm, refs = refs[: len(sources)], refs[len(sources) :]
@@ -178,18 +170,18 @@ def over_tiles(
         body(q, index_q, statistics, *outputs, *scratch, now, ring)
 
     def block(array):
-        return pl.BlockSpec((1, *array.shape[1:]), this)
+        return pl.BlockSpec((1, *array.shape[1:]), lambda core, i: (turn.number(core, i), 0, 0))
 
     rows = config.blocks_per_step * tiles.keys.shape[1]
     outputs = [
-        jax.ShapeDtypeStruct((num_tiles, config.queries, width), jnp.float32) for width in results
+        jax.ShapeDtypeStruct((tiles.lists.shape[0], config.queries, width), jnp.float32)
+        for width in results
     ]
     return pl.pallas_call(
         program,
-        grid=(cores, per_core),
+        grid=turn.grid,
         in_specs=[
-            pl.BlockSpec(list_block, this, memory_space=pltpu.SMEM),
-            pl.BlockSpec(list_block, following, memory_space=pltpu.SMEM),
+            *turn.lists,
             *(block(array) for array in (tiles.q, tiles.index_q, tiles.statistics)),
             *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in sources),
         ],

@@ -15,11 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_tpu import HIDDEN, LANES, LOG2E, Target, across, in_hbm, product
-from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
+from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring, tiles_in_turn
 from pallas_kernels.sparse_attention.tile_lists import (
     BLOCK,
     MEMBERS,
-    NUM_ROWS,
     SCALARS,
     SLOT,
 )
@@ -76,26 +75,16 @@ def forward(
     """
     rows, group, num_queries, head_dim = q.shape
     tiles, num_rows = num_queries // config.queries, group * config.queries
-    cores = target.chip.num_cores
-    per_core = rows * tiles // cores
+    turn = tiles_in_turn(lists, target.chip.num_cores)
 
     def tile(core, i):
-        number = core * per_core + i
+        number = turn.number(core, i)
         return number // tiles, number % tiles
 
     def of_queries(core, i):
         row, place = tile(core, i)
         return row, 0, place, 0
 
-    list_block = 1, NUM_ROWS, lists.shape[2]
-    now = pl.BlockSpec(
-        list_block, lambda core, i: (core * per_core + i, 0, 0), memory_space=pltpu.SMEM
-    )
-    after = pl.BlockSpec(
-        list_block,
-        lambda core, i: (core * per_core + jnp.minimum(i + 1, per_core - 1), 0, 0),
-        memory_space=pltpu.SMEM,
-    )
     queries = pl.BlockSpec((1, group, config.queries, head_dim), of_queries)
     stats = pl.BlockSpec((1, 1, 1, num_rows), lambda core, i: (*tile(core, i), 0, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -103,8 +92,8 @@ def forward(
     buffer = pltpu.VMEM((config.depth, keys_per_step, head_dim), k.dtype)
     o, lse = pl.pallas_call(
         functools.partial(_kernel, scale=scale, config=config),
-        grid=(cores, per_core),
-        in_specs=[now, after, queries, hbm, hbm],
+        grid=turn.grid,
+        in_specs=[*turn.lists, queries, hbm, hbm],
         out_specs=[queries, stats],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),

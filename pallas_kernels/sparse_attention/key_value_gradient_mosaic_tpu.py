@@ -19,8 +19,8 @@ from pallas_kernels.sparse_attention.query_gradient_mosaic_tpu import (
     NUM_STATISTICS,
 )
 from pallas_kernels.sparse_attention.reverse_tiles import DISTANCE, ReverseTiles
-from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
-from pallas_kernels.sparse_attention.tile_lists import MEMBERS, NUM_ROWS
+from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring, slices_in_turn
+from pallas_kernels.sparse_attention.tile_lists import MEMBERS
 
 
 def key_value_gradient(
@@ -56,34 +56,22 @@ def key_value_gradient(
     """
     _, num_rows, head_dim = q.shape
     block_size = k.shape[1]
-    cores = slices.first_slices.shape[0] - 1
-
-    def number(core, i, first):
-        return jnp.minimum(first[core] + i, first[core + 1] - 1)
-
-    def this(core, i, owners, first):
-        return number(core, i, first), 0, 0
-
-    def following(core, i, owners, first):
-        return number(core, i + 1, first), 0, 0
+    turn = slices_in_turn(slices)
 
     def of_owner(core, i, owners, first):
-        return owners[number(core, i, first)], 0, 0
+        return owners[turn.number(core, i, owners, first)], 0, 0
 
-    list_block = 1, NUM_ROWS, slices.lists.shape[2]
     page = pl.BlockSpec((1, block_size, head_dim), of_owner)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     rows = pltpu.VMEM((depth, tiles_per_step * num_rows, head_dim), q.dtype)
     sums = pltpu.VMEM((block_size, head_dim), jnp.float32)
-    per_core = slices.first_slices[1:] - slices.first_slices[:-1]
     return pl.pallas_call(
         functools.partial(_kernel, scale=scale, queries=queries, tiles_per_part=tiles_per_part),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cores, per_core.max()),
+            grid=turn.grid,
             in_specs=[
-                pl.BlockSpec(list_block, this, memory_space=pltpu.SMEM),
-                pl.BlockSpec(list_block, following, memory_space=pltpu.SMEM),
+                *turn.lists,
                 page,
                 page,
                 hbm,

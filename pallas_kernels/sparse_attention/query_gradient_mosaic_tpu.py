@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_tpu import LANES, LOG2E, Target, across, in_hbm, product
 from pallas_kernels.sparse_attention.forward_mosaic_tpu import TileConfig, visible
-from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring
-from pallas_kernels.sparse_attention.tile_lists import NUM_ROWS
+from pallas_kernels.sparse_attention.ring_mosaic_tpu import Ring, tiles_in_turn
 
 # Rows of a tile's statistics: the log-sum-exp of its scores in units of log2, finite; and what is
 # taken off the gradient of each weight: sum(o * do) less the gradient of the log-sum-exp.
@@ -48,17 +47,12 @@ def query_gradient(
       config: tile sizes.
       target: what the kernel is traced for.
     """
-    num_tiles, num_rows, head_dim = q.shape
-    cores = target.chip.num_cores
-    per_core = num_tiles // cores
+    _, num_rows, head_dim = q.shape
+    turn = tiles_in_turn(lists, target.chip.num_cores)
 
     def this(core, i):
-        return core * per_core + i, 0, 0
+        return turn.number(core, i), 0, 0
 
-    def following(core, i):
-        return core * per_core + jnp.minimum(i + 1, per_core - 1), 0, 0
-
-    list_block = 1, NUM_ROWS, lists.shape[2]
     rows = pl.BlockSpec((1, num_rows, head_dim), this)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     keys_per_step = config.blocks_per_step * k.shape[1]
@@ -66,10 +60,9 @@ def query_gradient(
     replicated = pltpu.VMEM((num_rows, LANES), jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, scale=scale, config=config),
-        grid=(cores, per_core),
+        grid=turn.grid,
         in_specs=[
-            pl.BlockSpec(list_block, this, memory_space=pltpu.SMEM),
-            pl.BlockSpec(list_block, following, memory_space=pltpu.SMEM),
+            *turn.lists,
             rows,
             rows,
             pl.BlockSpec((1, *statistics.shape[1:]), this),

@@ -8,13 +8,15 @@ until its first byte is there.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
 
+from pallas_kernels.sparse_attention.reverse_tiles import ReverseTiles
 from pallas_kernels.sparse_attention.tile_lists import COUNT, PAGE, SCALARS
 
 # What the ring remembers from one tile to the next: the slot of the tile's first step, and how many
@@ -155,3 +157,50 @@ class Ring:
         return pltpu.make_async_copy(
             self.sources[source].at[page], part, self.semaphores.at[source, slot]
         )
+
+
+class InTurn(NamedTuple):
+    """How a grid goes through lists, those of a core one after the other.
+
+    Attributes:
+      grid: cores, and lists of a core.
+      number: of a grid step's list, from the step's indices and the scalars fetched before; behind
+        a core's last list, that list.
+      lists: where the lists of this step and the next one are read, in scalar memory.
+    """
+
+    grid: tuple[int, Any]
+    number: Callable[..., Any]
+    lists: tuple[pl.BlockSpec, pl.BlockSpec]
+
+
+def tiles_in_turn(lists: Int[Array, "tiles 4 L"], cores: int) -> InTurn:
+    """Equal parts of the tiles for each core, whose number divides theirs."""
+    per_core = lists.shape[0] // cores
+
+    def number(core, i):
+        return core * per_core + jnp.minimum(i, per_core - 1)
+
+    return InTurn((cores, per_core), number, _now_and_after(lists, number))
+
+
+def slices_in_turn(slices: ReverseTiles) -> InTurn:
+    """Each core's slices; `slices.owners` and `slices.first_slices` are fetched before."""
+    first_slices = slices.first_slices
+    longest = (first_slices[1:] - first_slices[:-1]).max()
+
+    def number(core, i, owners, first):
+        return jnp.minimum(first[core] + i, first[core + 1] - 1)
+
+    grid = first_slices.shape[0] - 1, longest
+    return InTurn(grid, number, _now_and_after(slices.lists, number))
+
+
+def _now_and_after(lists: Array, number: Callable) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    def spec(ahead: int) -> pl.BlockSpec:
+        def index(core, i, *scalars):
+            return number(core, i + ahead, *scalars), 0, 0
+
+        return pl.BlockSpec((1, *lists.shape[1:]), index, memory_space=pltpu.SMEM)
+
+    return spec(0), spec(1)
