@@ -80,7 +80,7 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
         return sparse_attention(q, k, v, selection)[0]
 
     def align(index_q, index_k, q, k, selection):
-        return index_kl(q, k, index_q, index_k, selection).kl
+        return index_kl(q, k, index_q, index_k, selection).loss
 
     select = jax.jit(lambda a, b: select_blocks(a, b, **blocks).block_ids)
     return {

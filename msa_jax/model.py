@@ -20,7 +20,7 @@ from msa_jax.nn.embedding import Embedding
 from msa_jax.nn.feed_forward import FeedForward
 from msa_jax.nn.moe import MoE
 from msa_jax.nn.norm import RMSNorm
-from pallas_kernels.residuals import LOG_SUM_EXP, OUTPUT
+from pallas_kernels.residuals import INDEX_GRADIENTS, LOG_SUM_EXP, OUTPUT
 
 
 class LayerKind(NamedTuple):
@@ -74,16 +74,17 @@ def plan_stages(config: ArchitectureConfig) -> tuple[Stage, ...]:
 def remat_policy(remat: Remat) -> Callable[..., Any] | None:
     """What the backward pass may keep from the forward pass of a layer.
 
-    "full" keeps the layer's input alone. "save_selection" also the block ids and the log-sum-exps,
-    which are small: selection, whose cost grows as N^2, does not run again, attention does.
-    "attention" keeps the attention output too, so that neither runs twice. "dots" keeps every
-    matmul without batch dims.
+    "full" keeps the layer's input alone. "save_selection" also what is small beside a layer's
+    arrays: block ids, log-sum-exps and the KL's gradients. Selection, whose cost grows as N^2, and
+    the KL do not run again, attention does. "attention" keeps the attention output too, so that
+    none of them runs twice. "dots" keeps every matmul without batch dims.
     """
     policies = jax.checkpoint_policies
+    small = BLOCK_IDS, LOG_SUM_EXP, INDEX_GRADIENTS
     return {
         "full": policies.nothing_saveable,
-        "save_selection": policies.save_only_these_names(BLOCK_IDS, LOG_SUM_EXP),
-        "attention": policies.save_only_these_names(BLOCK_IDS, LOG_SUM_EXP, OUTPUT),
+        "save_selection": policies.save_only_these_names(*small),
+        "attention": policies.save_only_these_names(*small, OUTPUT),
         "dots": policies.dots_with_no_batch_dims_saveable,
     }.get(remat)
 

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 
 OUTPUT, LOG_SUM_EXP = "attention_out", "attention_lse"
 
+# Of the KL by index queries and keys, where the forward pass makes them.
+INDEX_GRADIENTS = "index_kl_gradients"
+
 
 def named(
     o: Float[Array, "B T Hq D"], lse: Float[Array, "B Hq T"]

@@ -129,7 +129,7 @@ def _kl(case: Case) -> Callable:
 
     def kl(q, k, index_q, index_k, block_ids, lse):
         def mean(index_q, index_k):
-            return diverge(q, k, index_q, index_k, block_ids, lse).kl.mean()
+            return diverge(q, k, index_q, index_k, block_ids, lse).loss
 
         return jax.value_and_grad(mean, argnums=(0, 1))(index_q, index_k)
 
@@ -143,11 +143,11 @@ def _train(case: Case, precision: str) -> Callable:
         def layer(q, k, v, index_q, index_k):
             block_ids = select(index_q, index_k)
             o, lse = attend(q, k, v, block_ids)
-            kl, index_lse = diverge(q, k, index_q, index_k, block_ids, lse)
-            return (o, kl.mean()), (kl, block_ids, lse, index_lse)
+            loss, kl, index_lse = diverge(q, k, index_q, index_k, block_ids, lse)
+            return (o, loss), (kl, block_ids, lse, index_lse)
 
-        (o, mean), pullback, (kl, *rest) = jax.vjp(layer, q, k, v, index_q, index_k, has_aux=True)
-        gradients = LayerGradients(*pullback((do, jnp.ones_like(mean))))
+        (o, loss), pullback, (kl, *rest) = jax.vjp(layer, q, k, v, index_q, index_k, has_aux=True)
+        gradients = LayerGradients(*pullback((do, jnp.ones_like(loss))))
         return TrainedLayer(o, kl, gradients, *rest)
 
     return train

@@ -46,7 +46,7 @@ class Results(NamedTuple):
 
 
 def check(case: AlignmentCase, implementation: str) -> dict[str, Figure]:
-    """Figures of one case: all values and gradients, of random cotangents of both results."""
+    """Figures of one case: all values, and the gradients of a sum of random weights."""
     shape, place = case.shape, case.place
     q, k, _ = attention.inputs(shape, place, case.dtype)
     index_q, index_k = index_inputs(shape, "random", case.dtype)
@@ -57,15 +57,12 @@ def check(case: AlignmentCase, implementation: str) -> dict[str, Figure]:
     if case.selection != PREFIX:
         block_ids = selections.select(case.selection, shape, place, implementation)
     segment_ids, offset = selections.segment_ids(shape, place), attention.offset_array(place)
-    keys = jax.random.split(jax.random.key(shape.seed + 4))
     per_query = (shape.batch, shape.num_kv_heads, q.shape[1])
-    d_kl, d_lse = (jax.random.normal(key, per_query, jnp.float32) for key in keys)
+    weights = jax.random.normal(jax.random.key(shape.seed + 4), per_query, jnp.float32)
     inputs = Inputs(q, k, index_q, index_k, block_ids, segment_ids)
-    expected, main_lse = exact(inputs, slots, (d_kl, d_lse), shape.block_size)
-    # Where nothing is visible the log-sum-exp is a constant.
-    d_lse = jnp.where(np.isfinite(expected.index_lse), d_lse, 0)
+    expected, main_lse = exact(inputs, slots, weights, shape.block_size)
     call = _jitted(dataclasses.replace(case, selection=""), implementation)
-    run = poisoned(call, *inputs, offset, main_lse.astype(np.float32), d_kl, d_lse)
+    run = poisoned(call, *inputs, offset, main_lse.astype(np.float32), weights)
     found, again = run(), run()
     differ = any(_digest(a) != _digest(b) for a, b in zip(found, again, strict=True))
     return {"runs_that_differ": Figure(float(differ), 0)} | _errors(found, expected, case.dtype)
@@ -93,13 +90,13 @@ def _errors(found: Results, expected: Results, dtype: str) -> dict[str, Figure]:
 def _jitted(case: AlignmentCase, implementation: str):
     place = case.place
 
-    def call(q, k, index_q, index_k, block_ids, segment_ids, offset, main_lse, d_kl, d_lse):
+    def call(q, k, index_q, index_k, block_ids, segment_ids, offset, main_lse, weights):
         selection = None
         if block_ids is not None:
             selection = BlockSelection(block_ids, case.shape.block_size)
 
-        def results(index_q, index_k):
-            return index_kl(
+        def loss(index_q, index_k):
+            loss, *terms = index_kl(
                 q,
                 k,
                 index_q,
@@ -108,11 +105,13 @@ def _jitted(case: AlignmentCase, implementation: str):
                 segment_ids=segment_ids,
                 query_offset=selections.query_offset(place) if offset is None else offset,
                 main_lse=main_lse,
+                weights=weights,
                 implementation=implementation,
             )
+            return loss, terms
 
-        values, pullback = jax.vjp(results, index_q, index_k)
-        return Results(*values, *pullback(type(values)(d_kl, d_lse)))
+        gradients, terms = jax.grad(loss, (0, 1), has_aux=True)(index_q, index_k)
+        return Results(*terms, *gradients)
 
     return jax.jit(call)
 
@@ -120,7 +119,7 @@ def _jitted(case: AlignmentCase, implementation: str):
 def exact(
     inputs: Inputs,
     slots: Int[Array, "B T"],
-    cotangents: tuple[Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]],
+    weights: Float[Array, "B Hkv T"],
     block_size: int,
 ) -> tuple[Results, Float[np.ndarray, "B Hq T"]]:
     """All by definition in float64, with all scores of a group at a time; and the main log-sum-exp.
@@ -128,7 +127,7 @@ def exact(
     Args:
       inputs: of the call.
       slots: that the queries sit in.
-      cotangents: of both values.
+      weights: of the loss.
       block_size: Bk.
     """
     q, k, index_q, index_k, block_ids, segment_ids = inputs
@@ -146,8 +145,8 @@ def exact(
             )
             main = grouped[row, :, group], k[row, :, group]
             index = index_q[row, :, group], index_k[row]
-            both = (cotangent[row, group] for cotangent in cotangents)
-            for parts, part in zip(found, _exact(*main, *index, seen, *both), strict=True):
+            exactly = _exact(*main, *index, seen, weights[row, group])
+            for parts, part in zip(found, exactly, strict=True):
                 parts.append(np.asarray(part))
     kl, index_lse, main_lse, d_q, d_k = (
         np.stack(parts).reshape(batch, groups, *parts[0].shape) for parts in found
@@ -157,8 +156,8 @@ def exact(
 
 
 @jax.jit
-def _exact(q, k, index_q, index_k, seen, d_kl, d_lse):
-    """One batch row and group: q [T, G, D], k [S, D], seen [T, S], cotangents [T]."""
+def _exact(q, k, index_q, index_k, seen, weights):
+    """One batch row and group: q [T, G, D], k [S, D], seen [T, S], weights [T]."""
     q, k, index_q, index_k = (x.astype(jnp.float64) for x in (q, k, index_q, index_k))
     scores = jnp.einsum("tgd,sd->tgs", q, k) * q.shape[-1] ** -0.5
     per_head, main_lse = _softmax(jnp.where(seen[:, None], scores, -jnp.inf))
@@ -166,7 +165,7 @@ def _exact(q, k, index_q, index_k, seen, d_kl, d_lse):
     student, lse = _softmax(jnp.where(seen, index_q @ index_k.T * scale, -jnp.inf))
     log_student = jnp.log(jnp.where(student > 0, student, 1))
     kl = (jax.scipy.special.xlogy(teacher, teacher) - teacher * log_student).sum(-1)
-    d_scores = d_kl[:, None] * (student - teacher) + d_lse[:, None] * student
+    d_scores = weights[:, None] * (student - teacher)
     return kl, lse, main_lse.T, d_scores @ index_k * scale, d_scores.T @ index_q * scale
 
 

@@ -139,7 +139,7 @@ def program(op: str, shape: Shape, options: Options) -> Program:
 
     def diverge(index_q, index_k, q, k, ids, lse):
         selection = BlockSelection(ids, shape.block_size)
-        return index_kl(q, k, index_q, index_k, selection, main_lse=lse, **place).kl.mean()
+        return index_kl(q, k, index_q, index_k, selection, main_lse=lse, **place).loss
 
     return {
         "select_blocks": lambda: Program(select, (index_q, index_k)),

@@ -161,17 +161,17 @@ class MSAttention(nnx.Module):
         aux = {}
         if mode.losses and index_q is not None and index_k is not None:
             support = None if mode.phase == "warmup" else selection
-            kl, _ = index_kl(
+            aux["index_kl"] = index_kl(
                 q,
                 k,
                 index_q,
                 index_k,
                 support,
                 main_lse=jax.lax.stop_gradient(lse),
+                weights=_weights_of_the_mean(segment_ids, index_q.shape[2]),
                 implementation=implementation,
                 **place,
-            )
-            aux["index_kl"] = _mean_over_real(kl, segment_ids)
+            ).loss
         if selection is not None and self.computes_selection:
             if mode.diagnostics:
                 aux |= selection_metrics(q, k, selection, self.config, **place)
@@ -216,11 +216,12 @@ class MSAttention(nnx.Module):
         return KVCache.empty(batch, max_length, *heads, index_dim=index_dim, dtype=self.dtype)
 
 
-def _mean_over_real(
-    per_group: Float[Array, "B Hkv T"], segment_ids: Int[Array, "B T"] | None
-) -> Float[Array, ""]:
-    """Mean over groups and over queries that are not padding (their entries are 0)."""
+def _weights_of_the_mean(
+    segment_ids: Int[Array, "B T"] | None, groups: int
+) -> Float[Array, "B Hkv T"] | None:
+    """Weights of the mean over groups and over queries that are not padding."""
     if segment_ids is None:
-        return per_group.mean()
-    count = jnp.maximum((segment_ids > 0).sum(), 1) * per_group.shape[1]
-    return per_group.sum() / count
+        return None
+    real = segment_ids > 0
+    share = real / (jnp.maximum(real.sum(), 1) * groups)
+    return jnp.repeat(share[:, None], groups, axis=1)

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.index_kl.tiles import TILE_QUERIES, Tiles, by_row, dense_tiles, selected_tiles
+from pallas_kernels.index_kl.align_mosaic_gpu import STUDENT_LSE, WEIGHT
+from pallas_kernels.index_kl.tiles import (
+    NOBODY,
+    TILE_QUERIES,
+    Tiles,
+    by_row,
+    dense_tiles,
+    selected_tiles,
+)
 from pallas_kernels.index_kl.tiles_mosaic_gpu import STEP_ROWS, TEACHER_SHIFT, Scales, TileInputs
 from pallas_kernels.sparse_attention.reverse_index import max_row_length, row_length
 from pallas_kernels.visibility import visible_block_ids
@@ -167,6 +175,30 @@ def tile_inputs(call: Call, tiles: Tiles) -> TileInputs:
     """The kernels' arrays for a chunk's tiles."""
     lse = by_row(call.lse, tiles, jnp.inf).reshape(len(tiles.queries), -1, STEP_ROWS)
     return TileInputs(call.q, call.k, by_row(call.index_q, tiles, 0.0), call.index_k, lse)
+
+
+def tile_factors(
+    call: Call,
+    chunks: Chunks,
+    tiles: Tiles,
+    start: Int[Array, ""],
+    lse: Float[Array, "B Hkv length"],
+    weights: Float[Array, "B Hkv T"],
+) -> Float[Array, "R factors 64"]:
+    """The factors of `align_tiles` by row; `lse` is of the chunk's queries, `weights` of all."""
+
+    def of_queries(array):
+        return jnp.moveaxis(array, 1, 2).reshape(-1, array.shape[1])
+
+    batch_row, query = jnp.divmod(tiles.queries, call.num_queries)
+    # As the chunk numbers its queries.
+    within = jnp.where(tiles.queries >= 0, batch_row * chunks.length + query - start, NOBODY)
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # no probability is of a query without keys
+    factors = {
+        STUDENT_LSE: by_row(of_queries(lse), tiles._replace(queries=within), 0.0),
+        WEIGHT: by_row(of_queries(weights), tiles, 0.0) * call.scales.index_scale,
+    }
+    return jnp.stack([factors[i] for i in range(len(factors))], axis=1)
 
 
 def scan_chunks(

@@ -37,7 +37,6 @@ def gradients(
     lse: Float[Array, "B T Hq"],
     index_lse: Float[Array, "B Hkv T"],
     d_kl: Float[Array, "B Hkv T"],
-    d_index_lse: Float[Array, "B Hkv T"],
     *,
     block_size: int,
     scale: float,
@@ -55,7 +54,6 @@ def gradients(
       lse: of the main scores.
       index_lse: of the index scores, what `divergence` returned.
       d_kl: cotangent of the divergence.
-      d_index_lse: cotangent of `index_lse`.
       block_size: Bk.
       scale: of the main scores.
       index_scale: of the index scores.
@@ -76,7 +74,7 @@ def gradients(
         "scale": scale,
         "index_scale": index_scale,
     }
-    arrays = q, k, index_q, index_k, lse, index_lse, d_kl, d_index_lse
+    arrays = q, k, index_q, index_k, lse, index_lse, d_kl
     tile = key_tile(block_size, max(width, index_width), k.dtype)
     (d_index_q,) = launch(
         index_query_gradient_kernel,
@@ -121,7 +119,6 @@ def index_query_gradient_kernel(
     lse,
     index_lse,
     d_kl,
-    d_index_lse,
     block_ids,
     offsets,
     d_index_q,
@@ -160,8 +157,7 @@ def index_query_gradient_kernel(
     index_tile = tl.load(index_q + index_place, mask=index_inside, other=0.0)
     by_group = (row.to(tl.int64) * groups + group) * num_queries + query
     student_lse = tl.load(index_lse + by_group)
-    of_teacher = tl.load(d_kl + by_group)
-    of_student = of_teacher + tl.load(d_index_lse + by_group)
+    weight = tl.load(d_kl + by_group)
     ids = block_ids + by_group * top_k
     first_key = row.to(tl.int64) * num_keys
     parts: tl.constexpr = block_size // key_tile
@@ -181,7 +177,7 @@ def index_query_gradient_kernel(
         keys = tl.load(index_k + base + index_offsets, mask=mask, other=0.0)
         scores = index_scores(index_tile, keys, index_scale)
         student = tl.where(seen, tl.exp2((scores - student_lse) * _LOG2_E), 0.0)
-        d_scores = student * of_student - mean * of_teacher
+        d_scores = (student - mean) * weight
         # One row of the product, the others are 0.
         d_scores = tl.where((index_head == 0)[:, None], d_scores[None, :], 0.0)
         gradient = tl.dot(d_scores.to(keys.dtype), keys, gradient, input_precision="ieee")
@@ -199,7 +195,6 @@ def index_key_gradient_kernel(
     lse,
     index_lse,
     d_kl,
-    d_index_lse,
     queries,
     slices,
     offsets,
@@ -267,12 +262,11 @@ def index_key_gradient_kernel(
             other=0.0,
         )
         student_lse = tl.load(index_lse + by_group, mask=real, other=0.0)
-        of_teacher = tl.load(d_kl + by_group, mask=real, other=0.0)
-        of_student = of_teacher + tl.load(d_index_lse + by_group, mask=real, other=0.0)
+        weight = tl.load(d_kl + by_group, mask=real, other=0.0)
         scores = tl.dot(index_k_tile, tl.trans(index_tile), input_precision="ieee")
         scores = (scores * index_scale - student_lse[None, :]) * _LOG2_E
         student = tl.where(seen, tl.exp2(scores), 0.0)
-        d_scores = student * of_student[None, :] - mean * (of_teacher / heads)[None, :]
+        d_scores = (student - mean / heads) * weight[None, :]
         gradient = tl.dot(
             d_scores.to(index_tile.dtype), index_tile, gradient, input_precision="ieee"
         )

@@ -1,9 +1,9 @@
 """`index_kl` on NVIDIA Hopper: what its kernels serve, and what is made of their results.
 
-The forward pass computes the value and the student's log-sum-exp; the backward pass recomputes the
-probabilities of teacher and student and is a gradient of index queries and keys alone. Both go in
-chunks of queries, so that what the kernels write per query and block takes bounded room. Selected
-blocks and the causal prefix differ in their tiles only.
+The forward pass computes value and gradients, for the teacher is most of the work of either; the
+backward pass multiplies by a number. Both go in chunks of queries, so that what the kernels write
+per query and block takes bounded room. Selected blocks and the causal prefix differ in their tiles
+only.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.index_kl.block_terms_mosaic_gpu import DIVERGENCE, LSE, MASS, block_terms
+from pallas_kernels.index_kl.align_mosaic_gpu import align_tiles
 from pallas_kernels.index_kl.chunks_mosaic_gpu import (
     Call,
     as_kernels_take,
@@ -23,24 +24,15 @@ from pallas_kernels.index_kl.chunks_mosaic_gpu import (
     cut,
     joined,
     scan_chunks,
+    tile_factors,
     tile_inputs,
 )
 from pallas_kernels.index_kl.index_k_mosaic_gpu import IndexKConfig, index_k_gradient
-from pallas_kernels.index_kl.score_gradients_mosaic_gpu import (
-    STUDENT_FACTOR,
-    STUDENT_LSE,
-    TEACHER_FACTOR,
-    score_gradients,
-)
-from pallas_kernels.index_kl.tiles import TILE_QUERIES, by_row
-from pallas_kernels.index_kl.tiles_mosaic_gpu import (
-    NUM_TERMS,
-    STEP_ROWS,
-    TEACHER_SHIFT,
-    Scales,
-    TileConfig,
-)
+from pallas_kernels.index_kl.log_sum_exp_mosaic_gpu import block_log_sum_exp
+from pallas_kernels.index_kl.tiles import TILE_QUERIES
+from pallas_kernels.index_kl.tiles_mosaic_gpu import STEP_ROWS, Scales, TileConfig
 from pallas_kernels.mosaic_gpu import current_target
+from pallas_kernels.residuals import INDEX_GRADIENTS
 from pallas_kernels.sparse_attention.mosaic_gpu import MIN_QUERIES
 from pallas_kernels.tracing import in_32_bits, refuse_varying
 
@@ -97,13 +89,16 @@ def index_kl(
     segment_ids: Int[Array, "B S"] | None,
     query_offset: Int[Array, "B"] | int,
     main_lse: Float[Array, "B Hq T"] | None,
+    weights: Float[Array, "B Hkv T"],
     *,
     block_size: int,
     scale: float,
     index_scale: float,
     config: IndexKLConfig | None = None,
-) -> tuple[Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]]:
-    """KL(teacher || student) and the student's log-sum-exp per query and group, in nats.
+) -> tuple[Float[Array, ""], Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]]:
+    """Weighted sum of KL(teacher || student), its terms, and the student's log-sum-exp, in nats.
+
+    The sum alone has gradients.
 
     Args:
       q: bfloat16 or float16, at least 64 queries of head_dim 64 or 128, at most 64 per group.
@@ -114,6 +109,7 @@ def index_kl(
       segment_ids: document of each key slot, 0 for padding; with block ids only.
       query_offset: the key slot of the first query, per row or for all.
       main_lse: natural log-sum-exp of the main scores over the same support.
+      weights: of the sum, per query and group.
       block_size: 64 or 128.
       scale: of the main scores.
       index_scale: of the index scores.
@@ -123,7 +119,7 @@ def index_kl(
       NotImplementedError: no Hopper GPU, or arguments other than the above.
     """
     current_target()
-    refuse_varying(q, k, index_q, index_k, block_ids, segment_ids, query_offset, main_lse)
+    refuse_varying(q, k, index_q, index_k, block_ids, segment_ids, query_offset, main_lse, weights)
     _check_served(q, k, index_q, index_k, block_ids, segment_ids, main_lse, block_size)
     known = isinstance(query_offset, int)
     options = _Options(
@@ -134,8 +130,8 @@ def index_kl(
         config or IndexKLConfig(),
     )
     place = block_ids, segment_ids, None if known else query_offset
-    teacher = jax.lax.stop_gradient((q, k, main_lse))
-    return _align(options, *teacher, index_q, index_k, *place)
+    constants = jax.lax.stop_gradient((weights, q, k, main_lse))
+    return _align(options, *constants, index_q, index_k, *place)
 
 
 def _check_served(q, k, index_q, index_k, block_ids, segment_ids, main_lse, block_size: int):
@@ -172,42 +168,70 @@ def _check_served(q, k, index_q, index_k, block_ids, segment_ids, main_lse, bloc
         )
 
 
+class _Unscaled(NamedTuple):
+    """Gradients of the weighted sum divided by `unit`, a power of two: float16 holds them so."""
+
+    index_q: jax.Array
+    index_k: jax.Array
+    unit: jax.Array
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _align(options: _Options, q, k, main_lse, index_q, index_k, *place):
-    return _value(options, q, k, main_lse, index_q, index_k, *place)
+def _align(options: _Options, *arrays):
+    return _value_and_gradients(options, *arrays)[0]
 
 
 def _forward(options: _Options, *arrays):
-    kl, index_lse = _align(options, *arrays)
-    return (kl, index_lse), (arrays, index_lse)
+    results, gradients = _value_and_gradients(options, *arrays)
+    named = (checkpoint_name(gradient, INDEX_GRADIENTS) for gradient in gradients)
+    return results, _Unscaled(*named)
 
 
-def _backward(options: _Options, residuals, cotangents):
-    arrays, index_lse = residuals
-    index_q, index_k = _gradients(options, *arrays, index_lse, *cotangents)
-    return None, None, None, index_q, index_k, None, None, None
+def _backward(options: _Options, gradients: _Unscaled, cotangents):
+    d_loss, _, _ = cotangents  # those of the terms and the log-sum-exp are no one's
+    factor = d_loss * gradients.unit
+
+    def scaled(gradient):
+        return (gradient * factor).astype(gradient.dtype)
+
+    constants = (None,) * 4
+    return *constants, scaled(gradients.index_q), scaled(gradients.index_k), None, None, None
 
 
 _align.defvjp(_forward, _backward)
 
 
 @in_32_bits
-def _value(options: _Options, *arrays):
-    config = options.config
-    call, chunks = cut(
-        _call(options, *arrays),
-        NUM_TERMS * TILE_QUERIES * 4,
-        config.chunk_bytes,
-        config.queries_per_row,
-    )
+def _value_and_gradients(options: _Options, weights, q, k, main_lse, index_q, index_k, *place):
+    config, dtype = options.config, q.dtype
+    call = _call(options, q, k, main_lse, index_q, index_k, *place)
+    block_size, width = options.block_size, call.q.shape[-1]
+    result_bytes = TILE_QUERIES * (width + block_size) * dtype.itemsize
+    call, chunks = cut(call, result_bytes, config.chunk_bytes, config.queries_per_row)
+    most = jnp.abs(weights).max()
+    unit = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(most > 0, most, 1.0))))
 
-    def add(carry, start):
+    def add(total, start):
         tiles = chunk_tiles(call, chunks, start)
-        terms = block_terms(tile_inputs(call, tiles), tiles, call.scales, config.tiles)
-        return carry, _combined(terms, tiles.places)
+        inputs = tile_inputs(call, tiles)
+        found = block_log_sum_exp(inputs, tiles, call.scales, config.tiles)
+        lse = _log_sum_exp(_of_blocks(found, tiles.places, -jnp.inf))
+        factors = tile_factors(call, chunks, tiles, start, lse, weights / unit)
+        parts = align_tiles(inputs, factors, tiles, call.scales, config.tiles)
+        kl = _of_blocks(parts.divergence, tiles.places, 0.0).sum(-1)
+        total += index_k_gradient(
+            parts.gradients, inputs.index_q, tiles, call.num_key_blocks, config.index_k
+        )
+        d_index_q = _summed(parts.index_q, tiles.places).astype(dtype)
+        return total, (kl / _LOG2_E, lse / _LOG2_E, d_index_q)
 
-    _, (kl, index_lse) = scan_chunks(add, (), chunks)
-    return joined(kl, call.num_queries), joined(index_lse, call.num_queries)
+    nothing = jnp.zeros((call.num_key_blocks * block_size, width), jnp.float32)
+    total, results = scan_chunks(add, nothing, chunks)
+    kl, index_lse, d_index_q = (joined(result, call.num_queries) for result in results)
+    d_index_q = d_index_q.swapaxes(1, 2)[..., : index_q.shape[-1]]
+    d_index_k = total.astype(dtype).reshape(len(q), -1, width)
+    d_index_k = d_index_k[:, : k.shape[1], : index_k.shape[-1]]
+    return ((weights * kl).sum(), kl, index_lse), _Unscaled(d_index_q, d_index_k, unit)
 
 
 def _call(
@@ -220,72 +244,20 @@ def _call(
     return as_kernels_take(scales, q, k, main_lse, index_q, index_k, block_ids, segment_ids, offset)
 
 
-def _combined(
-    terms: Float[Array, "M terms 64"], places: Int[Array, "B Hkv T K"]
-) -> tuple[Float[Array, "B Hkv T"], Float[Array, "B Hkv T"]]:
-    """Value and log-sum-exp over each query's blocks, natural; 0 and -inf for a query without."""
-    at = jnp.maximum(places, 0)
-    tile, row = at // TILE_QUERIES, at % TILE_QUERIES
+def _of_blocks(
+    found: Float[Array, "M 64"], places: Int[Array, "B Hkv T K"], nobody: float
+) -> Float[Array, "B Hkv T K"]:
+    """What the tiles of each query's blocks found for it."""
+    flat = found.reshape(-1)
+    values = flat.at[jnp.maximum(places, 0)].get(mode="promise_in_bounds")
+    return jnp.where(places >= 0, values, nobody)
 
-    def term(number, nobody):
-        values = terms.at[tile, number, row].get(mode="promise_in_bounds")
-        return jnp.where(places >= 0, values, nobody)
 
-    lse = term(LSE, -jnp.inf)
-    peak = lse.max(-1, keepdims=True)
+def _log_sum_exp(by_block: Float[Array, "B Hkv T K"]) -> Float[Array, "B Hkv T"]:
+    """Over a query's blocks, in base 2; -inf for a query without."""
+    peak = by_block.max(-1, keepdims=True)
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    total = peak[..., 0] + jnp.log2(jnp.exp2(lse - peak).sum(-1))
-    # A block's terms are relative to its own log-sum-exp: what is added up stays small.
-    more = jnp.where(lse == -jnp.inf, 0.0, total[..., None] - lse)
-    kl = (term(DIVERGENCE, 0.0) + term(MASS, 0.0) * more).sum(-1)
-    return kl / _LOG2_E, total / _LOG2_E
-
-
-@in_32_bits
-def _gradients(
-    options: _Options, q, k, main_lse, index_q, index_k, *place_and_cotangents
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of index_q and index_k."""
-    *place, index_lse, d_kl, d_index_lse = place_and_cotangents
-    config, dtype = options.config, q.dtype
-    call = _call(options, q, k, main_lse, index_q, index_k, *place)
-    block_size, width = options.block_size, call.q.shape[-1]
-    result_bytes = TILE_QUERIES * (width + block_size) * dtype.itemsize
-    call, chunks = cut(call, result_bytes, config.chunk_bytes, config.queries_per_row)
-    factors, unit = _factors(call.scales, index_lse, d_kl, d_index_lse)
-
-    def add(total, start):
-        tiles = chunk_tiles(call, chunks, start)
-        inputs = tile_inputs(call, tiles)
-        rows = by_row(factors, tiles, 0.0).swapaxes(1, 2)
-        gradients, partial = score_gradients(inputs, rows, tiles, call.scales, config.tiles)
-        total += index_k_gradient(
-            gradients, inputs.index_q, tiles, call.num_key_blocks, config.index_k
-        )
-        return total, (_summed(partial, tiles.places) * unit).astype(dtype)
-
-    nothing = jnp.zeros((call.num_key_blocks * block_size, width), jnp.float32)
-    total, d_index_q = scan_chunks(add, nothing, chunks)
-    d_index_q = joined(d_index_q, call.num_queries).swapaxes(1, 2)[..., : index_q.shape[-1]]
-    d_index_k = (total * unit).astype(dtype).reshape(len(q), -1, width)
-    return d_index_q, d_index_k[:, : k.shape[1], : index_k.shape[-1]]
-
-
-def _factors(
-    scales: Scales, index_lse, d_kl, d_index_lse
-) -> tuple[Float[Array, "queries Hkv factors"], Float[Array, ""]]:
-    """The factors of `score_gradients` per query and group, and the unit that these are in."""
-    # Of a known size, whatever the loss is divided by: float16 holds the gradients in this unit.
-    most = jnp.maximum(jnp.abs(d_kl).max(), jnp.abs(d_index_lse).max())
-    unit = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(most > 0, most, 1.0))))
-    teacher = d_kl / unit * scales.index_scale
-    factors = {
-        STUDENT_LSE: jnp.where(jnp.isfinite(index_lse), index_lse, 0.0) * _LOG2_E,
-        STUDENT_FACTOR: teacher + d_index_lse / unit * scales.index_scale,
-        TEACHER_FACTOR: teacher * (2.0**-TEACHER_SHIFT / scales.num_heads),
-    }
-    stacked = jnp.stack([factors[i] for i in range(len(factors))], axis=-1)
-    return jnp.moveaxis(stacked, 2, 1).reshape(-1, stacked.shape[1], len(factors)), unit
+    return peak[..., 0] + jnp.log2(jnp.exp2(by_block - peak).sum(-1))
 
 
 def _summed(

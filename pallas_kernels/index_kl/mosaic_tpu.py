@@ -144,14 +144,12 @@ def _forward(options: _Options, index_q, index_k, q, k, block_ids, segment_ids, 
 def _backward(options: _Options, kept, cotangents):
     """Gradients of index_q and index_k."""
     index_q, index_k, q, k, *place, lse, index_lse = kept
-    d_kl, d_index_lse = cotangents
+    d_kl, _ = cotangents  # the log-sum-exp is a constant to callers
     call = _call(options, q, k, index_q, index_k, *place)
     config, target = options.config, options.target
-    # Of the student, which both results depend on, and of the teacher, a sum over heads.
-    factors = (
-        (d_kl + d_index_lse) * options.index_scale,
-        d_kl * (options.index_scale / call.scales.heads),
-    )
+    # Of the student, and of the teacher, a sum over heads.
+    student = d_kl * options.index_scale
+    factors = student, student / call.scales.heads
     tiles = call.with_statistics(lse, index_lse, factors)
     d_index_q = index_q_gradient(tiles, call.scales, config=config, target=target)
     d_index_q = call.by_query(d_index_q).swapaxes(1, 2).astype(index_q.dtype)

@@ -3,8 +3,8 @@
 A worker's tile goes in *steps* of 64 (query, head) pairs: their scores with the key block become
 probabilities by the log-sum-exp that attention has left, and a product with a 0/1 matrix adds up
 the heads of each query into the teacher, [64 queries, keys], which stays in registers. The index
-scores of all 64 queries, one product, then meet it in the same layout. What is made of both is the
-*ending* of a kernel: `block_terms` writes what the value needs, `score_gradients` gradients.
+scores of all 64 queries, one product, then meet it in the same layout. What is made of them is the
+*ending* of a kernel: `block_log_sum_exp` needs no teacher, `align_tiles` makes value and gradients.
 
 A NaN or an infinity in one query reaches the queries that share a tile with it, one in a key the
 queries that see its block.
@@ -54,12 +54,10 @@ from pallas_kernels.mosaic_gpu import (
 # Rows of a matrix product: (query, head) pairs of a step, queries of a tile.
 STEP_ROWS = 64
 
-# Probabilities are multiplied by 2^15 while they are 16-bit numbers, so that float16 holds them
-# down to 2^-29 in full precision.
+# Probabilities are multiplied by 2^15 while they are 16-bit numbers, so that float16, the finer one
+# for numbers of a known size, holds them down to 2^-29 in full precision.
 TEACHER_SHIFT = 15
-
-# Numbers per query that an ending may put into shared memory; see `block_terms`.
-NUM_TERMS = 3
+_PROBABILITY = jnp.float16
 
 _LOG2_E = math.log2(math.e)
 
@@ -86,7 +84,7 @@ class TileConfig:
         """Raises ValueError if the workers' tiles do not fit into a core's shared memory."""
         slots = self.num_slots * STEP_ROWS * width
         matrices = 2 * block_size * width + TILE_QUERIES * block_size + slots
-        check_shared_memory(self, matrices * 2 + NUM_TERMS * TILE_QUERIES * 4)
+        check_shared_memory(self, matrices * 2 + TILE_QUERIES * 4)
 
 
 class TileInputs(NamedTuple):
@@ -124,13 +122,13 @@ class Ending(NamedTuple):
       name: the kernel's.
       finish: finish(worker, tile, slot, teacher), where the index queries lie in that slot; it
         releases slot and index keys.
-      dtype: of the probabilities in shared memory.
+      has_teacher: or it is None.
       out_type: of the results, which `worker.results` refers to.
     """
 
     name: str
     finish: Callable[..., None]
-    dtype: Any
+    has_teacher: bool
     out_type: tuple[jax.ShapeDtypeStruct, ...]
 
 
@@ -145,13 +143,17 @@ class _Statics(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Shared memory and barriers of a thread block, by worker; the interpreter has `head_sums`."""
+    """Shared memory and barriers of a thread block, by worker; the interpreter has `head_sums`.
+
+    `staging` is two names of the same memory, for what is there in turn: a step's probabilities,
+    and the gradients of a tile's index scores.
+    """
 
     k: Any
     index_k: Any
-    probabilities: Any
+    staging: Any
     q: Any
-    terms: Any
+    per_query: Any
     k_full: Any
     k_empty: Any
     q_full: Any
@@ -162,7 +164,7 @@ class _Scratch(NamedTuple):
 
 
 class _Refs(NamedTuple):
-    """Arrays in device memory; `factors` are of `score_gradients` only."""
+    """Arrays in device memory; `factors` are of `align_tiles` only."""
 
     q: Any
     k: Any
@@ -231,7 +233,7 @@ def run_tiles(
 def _scratch(statics: _Statics, width: int, dtype) -> tuple:
     """What `_Scratch` refers to, without its last member on the GPU."""
     workers, slots = statics.config.num_workers, statics.config.num_slots
-    block_size, probability = statics.scales.block_size, statics.ending.dtype
+    block_size = statics.scales.block_size
 
     def matrix(rows, columns, dtype, *numbers):
         shape = workers, *numbers, rows, columns
@@ -240,9 +242,12 @@ def _scratch(statics: _Statics, width: int, dtype) -> tuple:
     scratch = _Scratch(
         k=matrix(block_size, width, dtype),
         index_k=matrix(block_size, width, dtype),
-        probabilities=matrix(TILE_QUERIES, block_size, probability),
+        staging=plgpu.RefUnion(
+            matrix(TILE_QUERIES, block_size, _PROBABILITY),
+            matrix(TILE_QUERIES, block_size, dtype),
+        ),
         q=matrix(STEP_ROWS, width, dtype, slots),
-        terms=plgpu.SMEM((workers, NUM_TERMS, TILE_QUERIES), jnp.float32),
+        per_query=plgpu.SMEM((workers, TILE_QUERIES), jnp.float32),
         k_full=plgpu.Barrier(num_barriers=workers),
         k_empty=plgpu.Barrier(num_barriers=workers),
         q_full=plgpu.Barrier(
@@ -251,7 +256,7 @@ def _scratch(statics: _Statics, width: int, dtype) -> tuple:
         q_empty=plgpu.Barrier(num_barriers=(workers, slots)),
         index_full=plgpu.Barrier(num_arrivals=2, num_barriers=workers),
         index_empty=plgpu.Barrier(num_barriers=workers),
-        head_sums=matrix(TILE_QUERIES, STEP_ROWS, probability),
+        head_sums=matrix(TILE_QUERIES, STEP_ROWS, _PROBABILITY),
     )
     return tuple(scratch) if statics.target.interpret is not None else tuple(scratch[:-1])
 
@@ -290,7 +295,9 @@ def _for_each_tile(worker: Worker, visit):
 
 
 def _num_steps(worker: Worker, tile: Tile):
-    """Steps until all of a tile's queries have been had, in order."""
+    """Steps until all of a tile's queries have been had, in order; none without a teacher."""
+    if not worker.statics.ending.has_teacher:
+        return 0
     per_step = STEP_ROWS // worker.statics.per_group
     return lax.div(tile.num_queries + (per_step - 1), per_step)
 
@@ -299,12 +306,15 @@ def _produce(worker: Worker):
     """Keeps the worker's slots full, and loads its key blocks."""
     refs, smem, this = worker.refs, worker.smem, worker.number
     slots, block_size = worker.statics.config.num_slots, worker.statics.scales.block_size
+    has_teacher = worker.statics.ending.has_teacher
 
     def visit(n, tile, step):
-        pl.when(n > 0)(lambda: plgpu.barrier_wait(smem.k_empty.at[this]))
         keys = pl.ds(tile.key_block * block_size, block_size)
-        plgpu.copy_gmem_to_smem(refs.k.at[keys, tile.group], smem.k.at[this], smem.k_full.at[this])
         num_steps = _num_steps(worker, tile)
+        if has_teacher:
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(smem.k_empty.at[this]))
+            full = smem.k_full.at[this]
+            plgpu.copy_gmem_to_smem(refs.k.at[keys, tile.group], smem.k.at[this], full)
 
         @pl.loop(0, num_steps)
         def _(i):
@@ -326,7 +336,8 @@ def _produce(worker: Worker):
 
     @pl.when(num_tiles > 0)
     def _():
-        plgpu.barrier_wait(smem.k_empty.at[this])
+        if has_teacher:
+            plgpu.barrier_wait(smem.k_empty.at[this])
         plgpu.barrier_wait(smem.index_empty.at[this])
 
 
@@ -355,17 +366,17 @@ def _load_step(worker: Worker, tile: Tile, step, slot):
 
 def _consume(worker: Worker):
     """Computes the worker's tiles."""
-    config, finish = worker.statics.config, worker.statics.ending.finish
+    config, ending = worker.statics.config, worker.statics.ending
 
     def visit(n, tile, step):
         # The same number, which the compiler cannot know: addresses that it took for constant would
         # stay in registers all the time.
         number = lax.rem(tile.number, config.num_workers)
         same = worker._replace(number=number)
-        teacher = _teacher(same, tile, step)
+        teacher = _teacher(same, tile, step) if ending.has_teacher else None
         last = step + _num_steps(worker, tile)
         plgpu.barrier_wait(worker.smem.index_full.at[number])
-        finish(same, tile, lax.rem(last, config.num_slots), teacher)
+        ending.finish(same, tile, lax.rem(last, config.num_slots), teacher)
         return last + 1
 
     _for_each_tile(worker, visit)
@@ -376,7 +387,7 @@ def _teacher(worker: Worker, tile: Tile, step) -> jax.Array:
     """Sum over heads of the main probabilities * 2^TEACHER_SHIFT, [64 queries, keys], unmasked."""
     smem, this, statics = worker.smem, worker.number, worker.statics
     block_size, slots = statics.scales.block_size, statics.config.num_slots
-    shape = STEP_ROWS, block_size
+    shape, probabilities = (STEP_ROWS, block_size), smem.staging[0].at[this]
     factor = statics.scales.scale * _LOG2_E
     plgpu.barrier_wait(smem.k_full.at[this])
 
@@ -393,9 +404,9 @@ def _teacher(worker: Worker, tile: Tile, step) -> jax.Array:
             exponents = scores * factor - by_rows(lse, shape)
             # No probability exceeds 1; keys behind the query, masked later, might overflow.
             weights = jnp.exp2(jnp.minimum(exponents, float(TEACHER_SHIFT)))
-            smem.probabilities.at[this][...] = weights.astype(statics.ending.dtype)
+            probabilities[...] = weights.astype(_PROBABILITY)
             plgpu.commit_smem()
-            plgpu.wgmma(accumulator, _head_sums(worker, i), smem.probabilities.at[this])
+            plgpu.wgmma(accumulator, _head_sums(worker, i), probabilities)
             plgpu.wgmma_wait(0)
 
         return accumulator[...]
@@ -417,7 +428,7 @@ def _head_sums(worker: Worker, step):
     query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
     pair = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
     own = query - step * (STEP_ROWS // statics.per_group) == pair // statics.per_group
-    sums = jnp.where(own, 1.0, 0.0).astype(statics.ending.dtype)
+    sums = jnp.where(own, 1.0, 0.0).astype(_PROBABILITY)
     if statics.target.interpret is None:
         return sums
     # The interpreter takes no operand from registers.

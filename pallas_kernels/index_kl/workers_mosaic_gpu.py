@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import REGISTERS_PER_LANE, SHARED_MEMORY_BYTES, Target
 
-_PRODUCER_REGISTERS = 40
+_PRODUCER_REGISTERS = 32
 
 
 def check_workers(config: Any, *counts: str) -> None:

@@ -20,6 +20,10 @@ from pallas_kernels.sparse_attention.reverse_index import GROUP, KEY_BLOCK, NUM_
 # Keys per thread block: few, so that a block which everybody picked is shared by many cores.
 _KEYS = 16
 
+# Slices per thread block: most have nothing to add, and a thread block for each would take longer
+# to start than to find that out.
+_SLICES = 16
+
 
 def add_parts(
     parts: Float[Array, "slots 2 Bk D"],
@@ -36,26 +40,25 @@ def add_parts(
       dv: [keys, Hkv, D] float32.
     """
     target = current_target()
-    block_size = parts.shape[2]
+    block_size, num_slices = parts.shape[2], len(slices)
     # The last axis is the GPU's first, the only one of more than 65,535 places. A kernel returns
     # something; nobody reads this.
     plgpu.kernel(
-        functools.partial(_kernel, block_size),
+        functools.partial(_kernel, block_size, num_slices),
         out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
-        grid=(block_size // _KEYS, len(slices)),
-        grid_names=("piece", "item"),
+        grid=(block_size // _KEYS, -(-num_slices // _SLICES)),
+        grid_names=("piece", "run"),
         interpret=target.interpret,
         kernel_name="add_parts",
     )(parts, slices, dk, dv)
 
 
-def _kernel(block_size: int, parts: Any, slices: Any, dk: Any, dv: Any, _: Any):
-    """Some keys of the list that a slice is the first of, if it is."""
-    item, first = lax.axis_index("item"), lax.axis_index("piece") * _KEYS
-    count = slices[item, NUM_PARTS]
+def _kernel(block_size: int, num_slices: int, parts: Any, slices: Any, dk: Any, dv: Any, _: Any):
+    """Some keys of the lists that a run of slices has the first slices of."""
+    first = lax.axis_index("piece") * _KEYS
+    run = lax.axis_index("run") * _SLICES
 
-    @pl.when(count > 0)
-    def _():
+    def add_list(item, count):
         slot, group = slices[item, SLOT], slices[item, GROUP]
         keys = pl.ds(slices[item, KEY_BLOCK] * block_size + first, _KEYS)
         for i, sums in enumerate((dk, dv)):
@@ -64,3 +67,8 @@ def _kernel(block_size: int, parts: Any, slices: Any, dk: Any, dv: Any, _: Any):
                 return total + parts[slot + n, i, pl.ds(first, _KEYS)]
 
             sums[keys, group] = lax.fori_loop(0, count, add, sums[keys, group])
+
+    @pl.loop(run, jnp.minimum(run + _SLICES, num_slices))
+    def _(item):
+        count = slices[item, NUM_PARTS]
+        pl.when(count > 0)(lambda: add_list(item, count))

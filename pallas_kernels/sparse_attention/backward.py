@@ -8,6 +8,7 @@ every run.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,21 @@ from pallas_kernels.sparse_attention.backward_mosaic_gpu import (
     GradientConfig,
     block_gradients,
 )
+from pallas_kernels.sparse_attention.chunks_mosaic_gpu import Chunk, Chunks, for_each_chunk
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
 from pallas_kernels.sparse_attention.kv_outer import by_tiles, padded_groups, whole_blocks
 from pallas_kernels.sparse_attention.reverse_index import (
     GROUP,
     KEY_BLOCK,
     NUM_TILES,
-    ReverseIndex,
+    ReverseLists,
     max_row_length,
-    reverse_index,
+    slices_of,
 )
+from pallas_kernels.sparse_attention.union_mosaic_gpu import padded_group
+
+# Twice as many gain 3 % with the room for them, half as many cost 7 % (128K tokens on an H100).
+_QUERIES_PER_CHUNK = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class BackwardConfig:
       combine: the kernel that adds the partial results of dQ; None for the tuned one.
       partial_bytes: of device memory that those results may take, but for what fills lists up to
         whole tiles.
-      queries_per_chunk: a power of two; by default the most that `partial_bytes` has room for.
+      queries_per_chunk: a power of two, see `backward_chunks`, which chooses it by default.
     """
 
     gradient: GradientConfig | None = None
@@ -58,15 +64,43 @@ class BackwardConfig:
             )
 
 
+def backward_chunks(
+    config: BackwardConfig, q: Float[Array, "B T Hq D"], groups: int, top_k: int, num_blocks: int
+) -> Chunks:
+    """The cut of a gradient's passes: rows as long as a chunk, so that a block has one list.
+
+    Long chunks have few visits of a block, each of which adds to dK and dV in memory; they have
+    fewer groups instead.
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    per_query = batch * top_k * padded_group(num_heads // groups) * head_dim * q.dtype.itemsize
+    most = min(max_row_length(num_blocks, top_k), max(TILE_ROWS, _power_of_two(num_queries)))
+    room = config.partial_bytes // per_query  # for queries of one group
+    length = min(config.queries_per_chunk or _QUERIES_PER_CHUNK, most)
+    if config.queries_per_chunk is None:
+        while TILE_ROWS < length > room:
+            length //= 2
+        while length < most and room >= 2 * length * groups:
+            length *= 2
+    fit = max(1, room // length)
+    per_chunk = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= fit)
+    return Chunks(-(-num_queries // length), length, length, groups // per_chunk)
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
 def backward(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B S Hkv D"],
     v: Float[Array, "B S Hkv D"],
-    block_ids: Int[Array, "B Hkv T K"],
-    query_offset: Int[Array, "B"] | int,
+    lists: ReverseLists,
     results: tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]],
     cotangents: tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]],
     *,
+    chunks: Chunks,
     block_size: int,
     scale: float,
     config: BackwardConfig,
@@ -77,10 +111,10 @@ def backward(
       q: bfloat16 or float16 queries, at most 64 heads per group.
       k: keys.
       v: values.
-      block_ids: each visible to its query, none twice, -1 for nobody.
-      query_offset: the key slot of the first query.
+      lists: of all chunks, by `chunk_lists`.
       results: output and natural log-sum-exp of the forward pass.
       cotangents: of both.
+      chunks: what `backward_chunks` says.
       block_size: 64 or 128.
       scale: of the scores, positive.
       config: the pass's shape.
@@ -94,54 +128,43 @@ def backward(
         array.reshape(-1, *array.shape[2:]) for array in (q, do, padded_k, padded_v)
     )
     gradient, merge = config.gradient or GradientConfig(), config.combine or CombineConfig()
-    chunk = _chunk_length(config, q, block_ids.shape[3], num_blocks)
-    num_chunks = -(-num_queries // chunk)
-    padding = num_chunks * chunk - num_queries
-    block_ids = jnp.pad(block_ids, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=-1)
-    first_slots = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
-    first_queries = jnp.arange(batch, dtype=jnp.int32) * num_queries
-    dq_sums = jax.empty_ref(
-        jax.ShapeDtypeStruct((batch * num_chunks * chunk, *flat_q.shape[1:]), q.dtype)
+    per_tile = TILE_ROWS // per_group
+    index = slices_of(
+        lists,
+        queries_per_tile=per_tile,
+        tiles_per_slice=gradient.tiles_per_slice,
+        thread_blocks=gradient.num_thread_blocks,
     )
+    index = index._replace(queries=filled_tiles(index.queries, per_tile))
+    length = chunks.number * chunks.length
+    dq_sums = jax.empty_ref(jax.ShapeDtypeStruct((batch * length, *flat_q.shape[1:]), q.dtype))
     dk_sums, dv_sums = (
         jax.new_ref(jnp.zeros(array.shape, jnp.float32)) for array in (flat_k, flat_v)
     )
+    sizes = Sizes(batch, groups // chunks.parts, num_blocks, groups)
 
-    def differentiate(start):
-        index = reverse_index(
-            jax.lax.dynamic_slice_in_dim(block_ids, start, chunk, axis=2),
-            first_queries + start,
-            first_slots + start,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            queries_per_row=chunk,
-            queries_per_tile=TILE_ROWS // per_group,
-            tiles_per_slice=gradient.tiles_per_slice,
-        )
-        index = index._replace(queries=filled_tiles(index.queries, TILE_ROWS // per_group))
+    def differentiate(chunk):
         partial, parts = block_gradients(
             flat_q,
             flat_do,
             flat_k,
             flat_v,
-            statistics_by_tile(rows, index, (batch, groups, num_blocks)),
-            index,
+            statistics_by_tile(rows, chunk, sizes),
+            chunk.index,
             dk_sums,
             dv_sums,
             block_size=block_size,
             scale=scale,
             config=gradient,
         )
-        add_parts(parts, index.slices, dk_sums, dv_sums)
+        add_parts(parts, chunk.index.slices, dk_sums, dv_sums)
         # Of weight 1 each.
-        places, weights = by_tiles(index.places, jnp.zeros(partial.shape[:2], jnp.float32))
-        combine(partial, places, weights, dq_sums, start, config=merge, normalized=False)
+        ones = jnp.zeros(partial.shape[:2], jnp.float32)
+        places, weights = by_tiles(chunk.index.places, ones)
+        place = chunk.start, chunk.first_group
+        combine(partial, places, weights, dq_sums, *place, config=merge, normalized=False)
 
-    if num_chunks == 1:
-        differentiate(jnp.int32(0))
-    else:
-        starts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
-        jax.lax.scan(lambda _, start: (None, differentiate(start)), None, starts)
+    for_each_chunk(differentiate, chunks, groups, index)
     heads = num_heads // groups
     dq = jax.freeze(dq_sums).reshape(batch, -1, groups, per_group, head_dim)
     dq = dq[:, :num_queries, :, :heads].reshape(batch, num_queries, num_heads, head_dim)
@@ -150,21 +173,9 @@ def backward(
     return dq, dk, dv
 
 
-def _chunk_length(
-    config: BackwardConfig, q: Float[Array, "B T Hq D"], top_k: int, num_blocks: int
-) -> int:
-    """Queries per chunk; each batch row and group has them in one row of the reverse index."""
-    most = max_row_length(num_blocks, top_k)
-    if config.queries_per_chunk is not None:
-        return min(config.queries_per_chunk, most)
-    batch, num_queries, num_heads, head_dim = q.shape
-    bytes_per_query = batch * top_k * num_heads * head_dim * q.dtype.itemsize
-    room = max(TILE_ROWS, config.partial_bytes // bytes_per_query)
-    whole = max(TILE_ROWS, 1 << (num_queries - 1).bit_length())
-    return min(1 << (room.bit_length() - 1), whole, most)
-
-
-def _row_statistics(results, cotangents, groups: int) -> Float[Array, "2 rows G"]:
+def _row_statistics(
+    results, cotangents, groups: int
+) -> tuple[Float[Array, "rows G"], Float[Array, "rows G"]]:
     """Per query and group: base-2 log-sum-exp and what is taken from dP, for each head.
 
     The derivative of the log-sum-exp by a score is the probability P, as that of the output is
@@ -180,34 +191,43 @@ def _row_statistics(results, cotangents, groups: int) -> Float[Array, "2 rows G"
     empty = per_group - lse.shape[2] // groups
     lse = lse.reshape(*lse.shape[:2], groups, -1)
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, 0), (0, empty)), constant_values=jnp.inf)
-    return jnp.stack((lse.reshape(-1, per_group), delta.reshape(-1, per_group)))
+    return lse.reshape(-1, per_group), delta.reshape(-1, per_group)
 
 
-def filled_tiles(queries: Int[Array, "P"], per_tile: int) -> Int[Array, "P"]:
+def filled_tiles(queries: Int[Array, "*chunks P"], per_tile: int) -> Int[Array, "*chunks P"]:
     """`ReverseIndex.queries` with a tile's last query where nobody is.
 
     Any query would do, for its gradients there are 0, unless it holds a NaN: so it is one whose NaN
     is in this tile anyway.
     """
     # A list ascends, and row 0 stands where it has ended.
-    return jax.lax.cummax(queries.reshape(-1, per_tile), axis=1).reshape(-1)
+    return jax.lax.cummax(queries.reshape(-1, per_tile), axis=1).reshape(queries.shape)
+
+
+class Sizes(NamedTuple):
+    """Batch rows, KV groups of a chunk, key blocks per batch row, and KV groups in all."""
+
+    batch: int
+    groups: int
+    num_blocks: int
+    all_groups: int
 
 
 def statistics_by_tile(
-    rows: Float[Array, "2 rows G"], index: ReverseIndex, sizes: tuple[int, int, int]
+    rows: tuple[Float[Array, "rows G"], Float[Array, "rows G"]], chunk: Chunk, sizes: Sizes
 ) -> Float[Array, "tiles 2 tile_rows"]:
-    """The statistics in the order of the index's tiles; where nobody is, infinity and 0.
+    """The statistics in the order of a chunk's tiles; where nobody is, infinity and 0.
 
     Args:
       rows: log-sum-exp and what is taken from dP, per query and group, the groups of a query side
         by side.
-      index: with one row of queries per batch row and group, so that its tiles lie in their order.
-      sizes: batch rows, groups, and key blocks per batch row.
+      chunk: with one row of queries per batch row and group, so that its tiles lie in their order.
+      sizes: see there.
     """
-    queries = index.queries.reshape(-1, TILE_ROWS // rows.shape[2])
-    group = _groups_of_tiles(index, len(queries), sizes)[:, None]
-    at = queries * sizes[1] + group
-    lse, delta = rows.at[:, at].get(mode="promise_in_bounds")
+    queries = chunk.index.queries.reshape(-1, TILE_ROWS // rows[0].shape[1])
+    group = _groups_of_tiles(chunk, len(queries), sizes)[:, None]
+    at = queries * sizes.all_groups + group
+    lse, delta = (array.at[at].get(mode="promise_in_bounds") for array in rows)
     used = _used(queries)[..., None]
     statistics = jnp.where(used, lse, jnp.inf), jnp.where(used, delta, 0)
     return jnp.stack([array.reshape(-1, TILE_ROWS) for array in statistics], axis=1)
@@ -218,17 +238,16 @@ def _used(queries: Int[Array, "tiles R"]) -> Bool[Array, "tiles R"]:
     return jnp.pad(queries[:, 1:] > queries[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
-def _groups_of_tiles(
-    index: ReverseIndex, num_tiles: int, sizes: tuple[int, int, int]
-) -> Int[Array, "tiles"]:
+def _groups_of_tiles(chunk: Chunk, num_tiles: int, sizes: Sizes) -> Int[Array, "tiles"]:
     """The group of each tile that a slice has."""
-    (batch, groups, num_blocks), slices = sizes, index.slices
-    row = slices[:, KEY_BLOCK] // num_blocks * groups + slices[:, GROUP]
-    in_use = jnp.arange(len(slices), dtype=jnp.int32) < index.num_slices
+    slices, groups = chunk.index.slices, sizes.groups
+    row = slices[:, KEY_BLOCK] // sizes.num_blocks * groups + slices[:, GROUP] - chunk.first_group
+    in_use = jnp.arange(len(slices), dtype=jnp.int32) < chunk.index.num_slices
     tiles = jnp.where(in_use, slices[:, NUM_TILES], 0)
     # Where each row's tiles end, by comparing with all slices: there are few rows.
-    rows = jnp.arange(batch * groups, dtype=jnp.int32)[:, None]
+    rows = jnp.arange(sizes.batch * groups, dtype=jnp.int32)[:, None]
     ends = jnp.where(row <= rows, tiles, 0).sum(1, dtype=jnp.int32)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)[:, None]
     # Tiles that no slice has come behind all rows.
-    return jnp.minimum((tile >= ends).sum(1, dtype=jnp.int32), batch * groups - 1) % groups
+    found = jnp.minimum((tile >= ends).sum(1, dtype=jnp.int32), sizes.batch * groups - 1)
+    return chunk.first_group + found % groups

@@ -33,6 +33,7 @@ from pallas_kernels.mosaic_gpu import (
     run_roles,
     swizzled,
 )
+from pallas_kernels.sparse_attention.adding_mosaic_gpu import add_to
 from pallas_kernels.sparse_attention.opaque_mosaic_gpu import opaque
 from pallas_kernels.sparse_attention.reverse_index import ReverseIndex, max_split_slices
 from pallas_kernels.sparse_attention.slices_mosaic_gpu import Slice, for_each_slice
@@ -433,13 +434,12 @@ def _store(block: _ThreadBlock, consumer, current: Slice, dk, dv):
     """Adds a slice's sums to the whole ones, or puts those of a split list aside."""
     statics = block.statics
     first = current.key_block * statics.block_size + consumer * CONSUMER_KEYS
-    keys = pl.ds(pl.multiple_of(first, CONSUMER_KEYS), CONSUMER_KEYS)
+    first = pl.multiple_of(first, CONSUMER_KEYS)
 
     @pl.when(current.slot < 0)
     def _():
         for sums, new in ((block.dk, dk), (block.dv, dv)):
-            whole = sums.at[keys, current.group]
-            whole[...] = plgpu.load(whole, layout=MATRIX, optimized=False) + new
+            add_to(sums, first, current.group, new, statics.target)
 
     @pl.when(current.slot >= 0)
     def _():

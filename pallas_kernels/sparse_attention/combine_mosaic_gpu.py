@@ -80,6 +80,7 @@ def combine(
     partial_lse: Float[Array, "B Hkv tiles K R*G"],
     o: jax.Ref,
     first_query: Int[Array, ""],
+    first_group: Int[Array, ""] | int = 0,
     *,
     config: CombineConfig,
     normalized: bool = True,
@@ -91,10 +92,11 @@ def combine(
       places: of each query's slots, for tiles of R = 64 / G queries; any place where the slot's
         log-sum-exp is -inf.
       partial_lse: float32, base 2, per slot and (query, head).
-      o: [B * T, Hkv * G, D] in `partial`'s dtype, the batch rows one after the other, T at least
-        first_query + tiles * R; the sums are taken in float32. Rows of other queries stay as they
-        are, so that chunks of queries fill it without a copy.
+      o: [B * T, heads, D] in `partial`'s dtype, the batch rows one after the other, T at least
+        first_query + tiles * R; the sums are taken in float32. Rows of other queries and groups
+        stay as they are, so that chunks fill it without a copy.
       first_query: of the tiles, within each batch row of `o`.
+      first_group: of the tiles, in `o`.
       config: the kernel's shape.
       normalized: whether weights are shares of their sum. If not they are exp2(log-sum-exp), so
         that slots with 0 are simply added up, and 0 is returned.
@@ -129,7 +131,7 @@ def combine(
         places.reshape(sizes.total, top_k * per_tile),
         partial_lse.reshape(sizes.total, top_k, TILE_ROWS),
         o,
-        first_query.reshape(1),
+        jnp.stack([first_query, jnp.asarray(first_group, jnp.int32)]),
     )
     return lse.reshape(batch, groups, num_tiles, TILE_ROWS)
 
@@ -169,7 +171,7 @@ class _ThreadBlock(NamedTuple):
     places: Any
     partial_lse: Any
     o: Any
-    first_query: Any
+    first: Any
     lse: Any
     smem: _Scratch
     sizes: _Sizes
@@ -204,13 +206,13 @@ def _kernel(
     places,
     partial_lse,
     o,
-    first_query,
+    first,
     lse,
     *scratch,
 ):
     """Runs a consumer in each warpgroup but the last, which is the producer."""
     smem = _Scratch(*scratch)
-    block = _ThreadBlock(partial, places, partial_lse, o, first_query, lse, smem, sizes, config)
+    block = _ThreadBlock(partial, places, partial_lse, o, first, lse, smem, sizes, config)
     run_roles(
         config.num_consumers,
         functools.partial(_consume, block),
@@ -370,8 +372,8 @@ def _store(block: _ThreadBlock, consumer, tile, total, lse):
     plgpu.commit_smem()
     row, column = lax.div(tile, sizes.num_tiles), lax.rem(tile, sizes.num_tiles)
     batch_row, group = lax.div(row, sizes.groups), lax.rem(row, sizes.groups)
-    first_query = batch_row * sizes.num_queries + block.first_query[0] + column * sizes.per_tile
-    heads = pl.ds(group * sizes.per_group, sizes.per_group)
+    first_query = batch_row * sizes.num_queries + block.first[0] + column * sizes.per_tile
+    heads = pl.ds((block.first[1] + group) * sizes.per_group, sizes.per_group)
     for i in range(sizes.per_tile):
         rows = pl.ds(i * sizes.per_group, sizes.per_group)
         plgpu.copy_smem_to_gmem(

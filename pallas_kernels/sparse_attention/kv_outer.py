@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.sparse_attention.chunks_mosaic_gpu import (
+    Chunks,
+    chunk_lists,
+    for_each_chunk,
+)
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
 from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
     TILE_ROWS,
@@ -18,7 +23,7 @@ from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import (
     default_config,
     partial_attention,
 )
-from pallas_kernels.sparse_attention.reverse_index import reverse_index, row_length
+from pallas_kernels.sparse_attention.reverse_index import ReverseLists, row_length, slices_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +57,12 @@ def kv_outer(
     v: Float[Array, "B S Hkv D"],
     block_ids: Int[Array, "B Hkv T K"],
     query_offset: Int[Array, "B"] | int,
+    lists: ReverseLists | None = None,
     *,
     block_size: int,
     scale: float,
     config: KVOuterConfig,
+    chunks: Chunks | None = None,
 ) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B Hq T"]]:
     """Attention over visible, distinct selected blocks: output and natural log-sum-exp.
 
@@ -65,9 +72,11 @@ def kv_outer(
       v: values.
       block_ids: each visible to its query, none twice, -1 for nobody.
       query_offset: the key slot of the first query.
+      lists: what `chunk_lists` makes of block ids and offset; None to make it here.
       block_size: 64 or 128.
       scale: of the scores, positive.
       config: the scheme's shape.
+      chunks: of `lists`; None for what the config says.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     groups, top_k = k.shape[2], block_ids.shape[3]
@@ -76,54 +85,57 @@ def kv_outer(
     num_blocks = k.shape[1] // block_size
     per_group = q.shape[2] // groups
     attention = config.attention or default_config(per_group)
-    row = config.queries_per_row or row_length(num_queries, num_blocks, top_k)
-    bytes_per_query = batch * top_k * q.shape[2] * head_dim * q.dtype.itemsize
-    chunk = _chunk_length(num_queries, row, config.partial_bytes // bytes_per_query)
-    num_chunks = -(-num_queries // chunk)
-    padding = num_chunks * chunk - num_queries
-    block_ids = jnp.pad(block_ids, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=-1)
-    flat_q, flat_k, flat_v = (array.reshape(-1, *array.shape[2:]) for array in (q, k, v))
-    first_slots = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
-    first_queries = jnp.arange(batch, dtype=jnp.int32) * num_queries
-    # Each chunk writes its part of the output: stacking them would copy all of it.
-    o = jax.empty_ref(
-        jax.ShapeDtypeStruct((batch * num_chunks * chunk, *flat_q.shape[1:]), q.dtype)
+    tile = {"queries_per_tile": TILE_ROWS // per_group}
+    if chunks is None or lists is None:
+        chunks = _chunks(config, q, top_k, num_blocks)
+        sizes = {"num_blocks": num_blocks, "block_size": block_size}
+        lists = chunk_lists(block_ids, query_offset, chunks, **sizes, **tile)
+    index = slices_of(
+        lists,
+        tiles_per_slice=attention.tiles_per_slice,
+        thread_blocks=attention.num_thread_blocks,
+        **tile,
     )
+    flat_q, flat_k, flat_v = (array.reshape(-1, *array.shape[2:]) for array in (q, k, v))
+    # Each chunk writes its part of the output: stacking them would copy all of it.
+    length = chunks.number * chunks.length
+    o = jax.empty_ref(jax.ShapeDtypeStruct((batch * length, *flat_q.shape[1:]), q.dtype))
 
-    def attend(start):
-        index = reverse_index(
-            jax.lax.dynamic_slice_in_dim(block_ids, start, chunk, axis=2),
-            first_queries + start,
-            first_slots + start,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            queries_per_row=row,
-            queries_per_tile=TILE_ROWS // per_group,
-            tiles_per_slice=attention.tiles_per_slice,
-        )
+    def attend(chunk):
         partial, partial_lse = partial_attention(
             flat_q,
             flat_k,
             flat_v,
-            index,
+            chunk.index,
             block_size=block_size,
             scale=scale,
             config=attention,
         )
-        places, slot_lse = by_tiles(index.places, partial_lse)
-        lse = combine(partial, places, slot_lse, o, start, config=config.combine)
-        return lse.reshape(batch, groups, chunk, per_group).swapaxes(2, 3)
+        places, slot_lse = by_tiles(chunk.index.places, partial_lse)
+        place = chunk.start, chunk.first_group
+        lse = combine(partial, places, slot_lse, o, *place, config=config.combine)
+        return lse.reshape(batch, groups // chunks.parts, chunks.length, per_group)
 
-    if num_chunks == 1:
-        lse = attend(jnp.int32(0))
-    else:
-        lse = jax.lax.map(attend, jnp.arange(num_chunks, dtype=jnp.int32) * chunk)
-        lse = jnp.moveaxis(lse, 0, 3).reshape(batch, groups, per_group, -1)
+    lse = for_each_chunk(attend, chunks, groups, index)
+    lse = lse.reshape(chunks.number, chunks.parts, *lse.shape[1:])
+    lse = lse.transpose(2, 1, 3, 5, 0, 4).reshape(batch, groups, per_group, length)
     heads = num_heads // groups
-    whole = jax.freeze(o).reshape(batch, -1, groups, per_group, head_dim)
+    whole = jax.freeze(o).reshape(batch, length, groups, per_group, head_dim)
     whole = whole[:, :num_queries, :, :heads]
     lse = lse[:, :, :heads, :num_queries]
     return whole.reshape(batch, num_queries, num_heads, head_dim), lse.reshape(batch, num_heads, -1)
+
+
+def _chunks(
+    config: KVOuterConfig, q: Float[Array, "B T Hq D"], top_k: int, num_blocks: int
+) -> Chunks:
+    """All groups of as many queries as there is room for: whole rows, evenly spread."""
+    batch, num_queries, num_heads, head_dim = q.shape
+    row = config.queries_per_row or row_length(num_queries, num_blocks, top_k)
+    bytes_per_query = batch * top_k * num_heads * head_dim * q.dtype.itemsize
+    most = max(1, config.partial_bytes // bytes_per_query // row) * row
+    number = -(-num_queries // most)
+    return Chunks(number, -(-num_queries // (number * row)) * row, row, 1)
 
 
 def by_tiles(
@@ -162,10 +174,3 @@ def whole_blocks(
     """Keys or values with zeros up to a whole number of blocks; causality hides them."""
     padding = -array.shape[1] % block_size
     return jnp.pad(array, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else array
-
-
-def _chunk_length(num_queries: int, row: int, at_most: int) -> int:
-    """Queries per chunk: whole rows, evenly spread."""
-    most = max(1, at_most // row) * row
-    num_chunks = -(-num_queries // most)
-    return -(-num_queries // (num_chunks * row)) * row

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import current_target
 from pallas_kernels.residuals import named
-from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
+from pallas_kernels.sparse_attention.backward import BackwardConfig, backward, backward_chunks
 from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig
+from pallas_kernels.sparse_attention.chunks_mosaic_gpu import Chunks, chunk_lists
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig
 from pallas_kernels.sparse_attention.kv_outer import KVOuterConfig, kv_outer
-from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import default_config
+from pallas_kernels.sparse_attention.kv_outer_mosaic_gpu import TILE_ROWS, default_config
 from pallas_kernels.sparse_attention.union_mosaic_gpu import (
     WARPGROUP_ROWS,
     UnionConfig,
@@ -52,7 +53,7 @@ class SparseAttentionConfig:
       max_union: with "auto", union tiles run if the mean number of distinct blocks over the queries
         of a warpgroup is at most so many times the mean number of blocks of a query.
       backward: the backward pass's shape, which all schemes share; what it leaves open is tuned.
-        The forward pass of a gradient takes twice its `partial_bytes` at most.
+        The forward pass of a gradient is cut as it is, and takes no more memory.
     """
 
     scheme: str = "auto"
@@ -144,17 +145,31 @@ def _check_served(q, k, v, block_ids, block_size: int, scale: float) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @in_32_bits
 def _attention(options: _Options, q, k, v, block_ids, segment_ids, query_offset):
+    block_ids, offset = _visible(options, block_ids, segment_ids, query_offset)
+    return _attend(options, q, k, v, block_ids, offset)
+
+
+def _visible(options: _Options, block_ids, segment_ids, query_offset):
+    """The ids that each query sees and attends to, and the offset."""
     offset = query_offset if options.query_offset is None else options.query_offset
-    block_ids = visible_block_ids(block_ids, segment_ids, offset, options.block_size)
+    return visible_block_ids(block_ids, segment_ids, offset, options.block_size), offset
+
+
+def _attend(options: _Options, q, k, v, block_ids, offset, lists=None, **chunks):
+    """Runs the cheaper scheme; KV-outer goes by `lists` of `chunks`, if it is given those."""
     config = options.config
     tiles, outer = _tuned(config, q, k, options.block_size)
     call = {"block_size": options.block_size, "scale": options.scale}
+
+    def run_union(q, k, v, block_ids, offsets, _):
+        return union(q, k, v, block_ids, offsets, config=tiles, **call)
+
     schemes = {
-        "union": functools.partial(union, config=tiles, **call),
-        "kv_outer": functools.partial(kv_outer, config=outer, **call),
+        "union": run_union,
+        "kv_outer": functools.partial(kv_outer, config=outer, **chunks, **call),
     }
     offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), q.shape[:1])
-    arguments = q, k, v, block_ids, offsets
+    arguments = q, k, v, block_ids, offsets, lists
     if config.scheme != "auto":
         return schemes[config.scheme](*arguments)
     per_warpgroup = WARPGROUP_ROWS // padded_group(q.shape[2] // k.shape[2])
@@ -212,36 +227,45 @@ def _place_in_table(q, k, block_size: int) -> dict[str, str]:
     return {"dtype": q.dtype.name, "bucket": bucket}
 
 
-def _forward(options: _Options, *arrays):
-    # Beside what a layer keeps to be differentiated, partial results have less room.
-    config = options.config
-    outer = config.kv_outer or KVOuterConfig()
-    room = min(outer.partial_bytes, 2 * config.backward.partial_bytes)
-    outer = dataclasses.replace(outer, partial_bytes=room)
-    options = options._replace(config=dataclasses.replace(config, kv_outer=outer))
-    results = named(*_attention(options, *arrays))
-    return results, (*arrays, *results)
+@in_32_bits
+def _forward(options: _Options, q, k, v, block_ids, segment_ids, query_offset):
+    """Both passes go by the same lists, so that they are built once."""
+    block_ids, offset = _visible(options, block_ids, segment_ids, query_offset)
+    chunks = _chunks(options, q, k, block_ids.shape[3])
+    lists = chunk_lists(
+        block_ids,
+        offset,
+        chunks,
+        num_blocks=-(-k.shape[1] // options.block_size),
+        block_size=options.block_size,
+        queries_per_tile=TILE_ROWS // padded_group(q.shape[2] // k.shape[2]),
+    )
+    results = named(*_attend(options, q, k, v, block_ids, offset, lists, chunks=chunks))
+    return results, (q, k, v, lists, *results)
 
 
-def _backward(options: _Options, residuals, cotangents):
-    return *_gradients(options, *residuals, *cotangents), None, None, None
+def _chunks(options: _Options, q, k, top_k: int) -> Chunks:
+    """How both passes of a gradient are cut."""
+    num_blocks = -(-k.shape[1] // options.block_size)
+    return backward_chunks(options.config.backward, q, k.shape[2], top_k, num_blocks)
 
 
 @in_32_bits
-def _gradients(options: _Options, q, k, v, block_ids, segment_ids, query_offset, o, lse, do, dlse):
-    offset = query_offset if options.query_offset is None else options.query_offset
-    return backward(
+def _backward(options: _Options, residuals, cotangents):
+    q, k, v, lists, o, lse = residuals
+    gradients = backward(
         q,
         k,
         v,
-        visible_block_ids(block_ids, segment_ids, offset, options.block_size),
-        offset,
+        lists,
         (o, lse),
-        (do, dlse),
+        cotangents,
+        chunks=_chunks(options, q, k, lists.places.shape[-1]),
         block_size=options.block_size,
         scale=options.scale,
         config=_tuned_backward(options.config.backward, q, k, options.block_size),
     )
+    return *gradients, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -9,6 +9,8 @@ cut into *slices*, the work items of the kernel, of at most `tiles_per_slice` ti
 Built by XLA from one sort of 32-bit integers, without atomics: the same in every run.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,9 @@ from jaxtyping import Array, Bool, Int, UInt
 # Columns of `ReverseIndex.slices`. Eight, of which seven are used: one 32-byte sector per slice.
 GROUP, KEY_BLOCK, FIRST_TILE, NUM_TILES, OWN_QUERY, SLOT, NUM_PARTS = range(7)
 NUM_FIELDS = 8
+
+# Those that are of a list: `ReverseLists.columns`.
+_COLUMNS = GROUP, KEY_BLOCK, OWN_QUERY
 
 # Sort keys are 32-bit; that of nobody comes last.
 _NUM_KEYS = 2**32
@@ -39,10 +44,30 @@ class ReverseIndex(NamedTuple):
       num_slices: [1], how many of `slices` are in use.
     """
 
-    queries: Int[Array, "P"]
-    places: Int[Array, "B Hkv T K"]
-    slices: Int[Array, "items fields"]
-    num_slices: Int[Array, "1"]
+    queries: Int[Array, "*chunks P"]
+    places: Int[Array, "*chunks B Hkv T K"]
+    slices: Int[Array, "*chunks items fields"]
+    num_slices: Int[Array, "*chunks 1"]
+
+
+class ReverseLists(NamedTuple):
+    """Reverse indexes of C chunks of queries that are not cut into slices yet.
+
+    What passes of different kernels share: the sort is behind it, and slices cost little.
+
+    Attributes:
+      queries: as in `ReverseIndex`.
+      places: as in `ReverseIndex`, within the chunk.
+      tiles: of each list.
+      first_tiles: of each list, within the chunk.
+      columns: [C, lists, 3], GROUP, KEY_BLOCK and OWN_QUERY of each list.
+    """
+
+    queries: Int[Array, "C P"]
+    places: Int[Array, "C B Hkv T K"]
+    tiles: Int[Array, "C lists"]
+    first_tiles: Int[Array, "C lists"]
+    columns: Int[Array, "C lists 3"]
 
 
 def row_length(num_queries: int, num_blocks: int, top_k: int) -> int:
@@ -66,61 +91,114 @@ def reverse_index(
     first_query: Int[Array, "B"],
     first_slot: Int[Array, "B"],
     *,
+    queries_per_tile: int,
+    tiles_per_slice: int,
+    **sizes: int,
+) -> ReverseIndex:
+    """The reverse index of a single chunk; see `reverse_lists` and `slices_of`."""
+    first_group = jnp.zeros(1, jnp.int32)
+    place = first_query[None], first_slot[None], first_group
+    tile = {"queries_per_tile": queries_per_tile}
+    lists = reverse_lists(block_ids[None], *place, **sizes, **tile)
+    index = slices_of(lists, tiles_per_slice=tiles_per_slice, **tile)
+    return jax.tree.map(lambda array: array[0], index)
+
+
+def reverse_lists(
+    block_ids: Int[Array, "C B Hkv T K"],
+    first_query: Int[Array, "C B"],
+    first_slot: Int[Array, "C B"],
+    first_group: Int[Array, "C"],
+    *,
     num_blocks: int,
     block_size: int,
     queries_per_row: int,
     queries_per_tile: int,
-    tiles_per_slice: int,
-) -> ReverseIndex:
-    """Builds the reverse index of visible, distinct block ids.
+) -> ReverseLists:
+    """Builds the lists of visible, distinct block ids, of all chunks at once.
 
     Args:
       block_ids: -1 for nobody, at any slot; T is a multiple of `queries_per_row`.
-      first_query: row of the first query in the flattened queries, per batch row.
+      first_query: row of the first query in the flattened queries, per chunk and batch row.
       first_slot: the key slot that this query sits in.
+      first_group: of each chunk.
       num_blocks: per batch row; ids are below.
       block_size: slots per block.
       queries_per_row: see `row_length`; a power of two and a multiple of `queries_per_tile`.
       queries_per_tile: queries whose heads fill a tile of the kernel.
-      tiles_per_slice: at most.
     """
-    batch, groups, num_queries, top_k = block_ids.shape
+    chunks, batch, groups, num_queries, top_k = block_ids.shape
     rows_per_group = num_queries // queries_per_row
-    lists = _Lists(batch * groups * rows_per_group, num_blocks, queries_per_row, top_k)
+    in_chunk = _Lists(batch * groups * rows_per_group, num_blocks, queries_per_row, top_k)
+    lists = in_chunk._replace(num_rows=chunks * in_chunk.num_rows)
     keys, valid = _sorted_keys(block_ids.reshape(lists.num_rows, -1), lists)
     starts, counts = _boundaries(keys, valid, lists)
-    tiles = -(-counts // queries_per_tile)
-    first_tiles = jnp.cumsum(tiles) - tiles
-    # Two batch rows or groups never share a row, so a row number says both.
+    tiles = -(-counts // queries_per_tile).reshape(chunks, -1)
+    first_tiles = jnp.cumsum(tiles, axis=1) - tiles
+    # A row is of one chunk, batch row and group, so that its number says all three.
     row = jnp.arange(lists.num_rows, dtype=jnp.int32)
-    batch_row = row // (groups * rows_per_group)
-    row_query = first_query[batch_row] + row % rows_per_group * queries_per_row
+    group = row // rows_per_group % groups + first_group[row // in_chunk.num_rows]
+    chunk_and_batch_row = row // (groups * rows_per_group)
+    row_query = first_query.reshape(-1)[chunk_and_batch_row]
+    row_query += row % rows_per_group * queries_per_row
 
     pairs, entries, used = _entries(keys, valid, lists)
-    place = (first_tiles * queries_per_tile - starts)[pairs] + jnp.arange(len(pairs))
-    max_tiles = lists.max_parts(lists.num_entries, queries_per_tile)
-    num_places = max_tiles * queries_per_tile
+    place = (first_tiles.reshape(-1) * queries_per_tile - starts)[pairs] + jnp.arange(len(pairs))
+    num_places = in_chunk.max_parts(in_chunk.num_entries, queries_per_tile) * queries_per_tile
     query = entries // lists.slots % queries_per_row + row_query[pairs // num_blocks]
-    queries = _scatter(jnp.zeros(num_places, jnp.int32), place, query, used)
+    at = pairs // in_chunk.num_lists * num_places + place
+    queries = _scatter(jnp.zeros(chunks * num_places, jnp.int32), at, query, used)
     original = entries // lists.slots * top_k + entries % lists.slots
     places = _scatter(jnp.full(lists.num_entries, -1, jnp.int32), original, place, used)
 
-    group = row // rows_per_group % groups
     block = jnp.arange(num_blocks, dtype=jnp.int32)
-    own = (first_query - first_slot)[batch_row][:, None] + block * block_size
+    shift = (first_query - first_slot).reshape(-1)[chunk_and_batch_row]
     columns = {
-        GROUP: jnp.repeat(group, num_blocks),
-        KEY_BLOCK: (batch_row[:, None] * num_blocks + block).reshape(-1),
-        OWN_QUERY: own.reshape(-1),
+        GROUP: jnp.broadcast_to(group[:, None], (lists.num_rows, num_blocks)),
+        KEY_BLOCK: (chunk_and_batch_row % batch * num_blocks)[:, None] + block,
+        OWN_QUERY: shift[:, None] + block * block_size,
     }
-    slices, num_slices = _slices(
-        columns,
+    return ReverseLists(
+        queries.reshape(chunks, num_places),
+        places.reshape(block_ids.shape),
         tiles,
         first_tiles,
-        tiles_per_slice,
-        lists.max_parts(max_tiles, tiles_per_slice),
+        jnp.stack([columns[name] for name in _COLUMNS], axis=-1).reshape(chunks, -1, 3),
     )
-    return ReverseIndex(queries, places.reshape(block_ids.shape), slices, num_slices)
+
+
+def slices_of(
+    lists: ReverseLists, *, queries_per_tile: int, tiles_per_slice: int, thread_blocks: int = 1
+) -> ReverseIndex:
+    """The reverse index of each chunk, its lists cut into slices of at most so many tiles.
+
+    Of several thread blocks, which take slices in turn, each gets about as many tiles.
+    """
+    most = min(lists.tiles.shape[1], math.prod(lists.places.shape[1:]))  # lists that are not empty
+    max_tiles = lists.queries.shape[1] // queries_per_tile
+    max_slices = (max_tiles + most * (tiles_per_slice - 1)) // tiles_per_slice
+    cut = functools.partial(_slices, tiles_per_slice=tiles_per_slice, max_slices=max_slices)
+    slices, num_slices = jax.vmap(cut)(lists.columns, lists.tiles, lists.first_tiles)
+    if thread_blocks > 1:
+        slices = jax.vmap(functools.partial(_dealt, thread_blocks))(slices, num_slices)
+    return ReverseIndex(lists.queries, lists.places, slices, num_slices)
+
+
+def _dealt(
+    thread_blocks: int, slices: Int[Array, "items fields"], num_slices: Int[Array, "1"]
+) -> Int[Array, "items fields"]:
+    """The slices in an order that gives thread blocks, taking them in turn, about as many tiles.
+
+    Long ones first, and to and fro, as teams are chosen; but the slices of a group stay together,
+    for they share queries.
+    """
+    item = jnp.arange(len(slices), dtype=jnp.int32)
+    group = jnp.where(item < num_slices, slices[:, GROUP], jnp.iinfo(jnp.int32).max)
+    *_, order = jax.lax.sort((group, -slices[:, NUM_TILES], item), num_keys=3)
+    turn, seat = item // thread_blocks, item % thread_blocks
+    # The last turn may not be everybody's.
+    back = (turn % 2 == 1) & ((turn + 1) * thread_blocks <= num_slices)
+    return slices[order[jnp.where(back, (turn + 1) * thread_blocks - 1 - seat, item)]]
 
 
 def max_split_slices(num_tiles: int, tiles_per_slice: int) -> int:
@@ -228,9 +306,10 @@ def _scatter(
 
 
 def _slices(
-    columns: dict[int, Int[Array, "lists"]],
+    columns: Int[Array, "lists 3"],
     tiles: Int[Array, "lists"],
     first_tiles: Int[Array, "lists"],
+    *,
     tiles_per_slice: int,
     max_slices: int,
 ) -> tuple[Int[Array, "items fields"], Int[Array, "1"]]:
@@ -247,7 +326,7 @@ def _slices(
     first, stop = total * nth // count, total * (nth + 1) // count
     split = jnp.where(parts > 1, parts, 0)
     slot = (jnp.cumsum(split) - split)[owner] + nth
-    fields = {name: column[owner] for name, column in columns.items()}
+    fields = dict(zip(_COLUMNS, columns[owner].T, strict=True))
     fields |= {FIRST_TILE: first_tiles[owner] + first, NUM_TILES: stop - first}
     fields[SLOT] = jnp.where(split[owner] > 0, slot, -1)
     fields[NUM_PARTS] = jnp.where(nth == 0, split[owner], 0)

@@ -161,10 +161,10 @@ class TestWhatIsWrong:
     @pytest.mark.parametrize(
         ("change", "failing"),
         [
-            (lambda kl, lse: (kl * 1.01, lse), {"kl_error"}),
-            (lambda kl, lse: (kl, lse + 2e-4), {"lse_error"}),
+            (lambda loss, kl, lse: (loss, kl * 1.01, lse), {"kl_error"}),
+            (lambda loss, kl, lse: (loss, kl, lse + 2e-4), {"lse_error"}),
             (
-                lambda kl, lse: (kl + (lse - jax.lax.stop_gradient(lse)), lse),
+                lambda loss, kl, lse: (loss * 1.02, kl, lse),
                 {"dindex_q_error", "dindex_k_error"},
             ),
         ],

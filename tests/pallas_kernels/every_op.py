@@ -59,7 +59,10 @@ def align(x, place, chosen, selected=True):
     if selected:
         selection = select_blocks(x["index_q"], x["index_k"], **BLOCKS, **place, **chosen)
     inputs = x["q"], x["k"], x["index_q"], x["index_k"]
-    kl, index_lse = index_kl(*inputs, selection, **place, **chosen)
+    weights = x["index_q"].sum(-1).swapaxes(1, 2)
+    loss, kl, index_lse = index_kl(*inputs, selection, weights=weights, **place, **chosen)
+    # Nothing is added to the terms but the gradient of their sum.
+    kl += loss - jax.lax.stop_gradient(loss)
     return [kl.swapaxes(1, 2), index_lse.swapaxes(1, 2)]
 
 

@@ -28,7 +28,7 @@ from op_cases import (
     normal,
 )
 
-from pallas_kernels import BlockSelection, IndexKL, index_kl
+from pallas_kernels import BlockSelection, index_kl
 
 
 @functools.partial(compiled, static_argnames=("implementation", "scale", "index_scale"))
@@ -36,11 +36,16 @@ def align(q, k, index_q, index_k, block_ids, kl_weights, *, query_offset=None, *
     """KL, student's log-sum-exp, and the gradients of sum(kl * kl_weights) in all four inputs."""
     selection = None if block_ids is None else BlockSelection(block_ids, BLOCK_SIZE)
     options["query_offset"] = 0 if query_offset is None else query_offset
-    result, pullback = jax.vjp(
-        lambda *inputs: index_kl(*inputs, selection, **options), q, k, index_q, index_k
+    options["weights"] = kl_weights
+
+    def loss(*inputs):
+        loss, *terms = index_kl(*inputs, selection, **options)
+        return loss, terms
+
+    gradients, (kl, index_lse) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
+        q, k, index_q, index_k
     )
-    kl, index_lse = result
-    return kl, index_lse, pullback(IndexKL(kl_weights.astype(kl.dtype), jnp.zeros_like(index_lse)))
+    return kl, index_lse, gradients
 
 
 def no_blocks(layout):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy_oracle
 import pytest
 from op_cases import compiled
-from test_index_kl_triton import cotangents, expected_gradients
+from test_index_kl_triton import weights_of
 from tpu_cases import CASES, SMALL, changed, interpreted, interpreted_strictly, without_sorts
 from triton_cases import assert_close, exact
 
@@ -51,18 +51,19 @@ SMALL_TILES = {
 PACKED = changed(num_queries=150, query_offset=0, documents=((0, 100), (128, 145)), top_k=3)
 
 
-def align(case, block_ids, main_lse, q, k, index_q, index_k):
+def align(case, block_ids, main_lse, weights, q, k, index_q, index_k):
+    """The loss, and its terms and log-sum-exps."""
     selection = None
     if block_ids is not None:
         selection = BlockSelection(jnp.asarray(block_ids), case.block_size)
-    return tuple(
-        index_kl(
-            *(q, k, index_q, index_k, selection),
-            main_lse=main_lse,
-            implementation="mosaic_tpu",
-            **case.place(),
-        )
+    loss, *terms = index_kl(
+        *(q, k, index_q, index_k, selection),
+        main_lse=main_lse,
+        weights=jnp.asarray(weights, jnp.float32),
+        implementation="mosaic_tpu",
+        **case.place(),
     )
+    return loss, terms
 
 
 def assert_as_oracle(case, block_ids, *, lse_given=False, tiles=SMALL_TILES):
@@ -70,29 +71,25 @@ def assert_as_oracle(case, block_ids, *, lse_given=False, tiles=SMALL_TILES):
     index_q, index_k = case.index_inputs()
     mask, arguments = case.mask(block_ids), exact(q, k, index_q, index_k)
     seen = mask.any(-1)
-    d_kl, d_index_lse = cotangents(case, seen)
+    weights = weights_of(case)
     main_lse = None
     if lse_given:
         main_lse = jnp.asarray(numpy_oracle.attention(*exact(q, k, v), mask)[1], jnp.float32)
 
-    def run(inputs, main_lse, cotangents):
-        results, pullback = jax.vjp(functools.partial(align, case, block_ids, main_lse), *inputs)
-        return results, pullback(cotangents)
+    def loss(q, k, index_q, index_k, main_lse):
+        return align(case, block_ids, main_lse, weights, q, k, index_q, index_k)
 
     kernel = "index_kl.tpu_prefix" if block_ids is None else "index_kl.tpu"
     with trying(kernel, tiles):
-        results, (dq, dk, *gradients) = compiled(run)(
-            (q, k, index_q, index_k),
-            main_lse,
-            (jnp.asarray(d_kl, jnp.float32), jnp.asarray(d_index_lse, jnp.float32)),
-        )
+        run = compiled(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+        (dq, dk, *gradients), results = run(q, k, index_q, index_k, main_lse)
     for actual, wanted in zip(results, numpy_oracle.index_kl(*arguments, mask), strict=True):
         # Nothing is rounded on the way to the results.
         assert_close(actual, wanted, "float32")
     assert not np.asarray(results[0])[~seen].any()
     assert not np.asarray(dq).any()
     assert not np.asarray(dk).any()
-    wanted = expected_gradients(case, mask, arguments, d_kl, d_index_lse)
+    wanted = numpy_oracle.index_kl_gradients(*arguments, mask, weights)
     for actual, gradient in zip(gradients, wanted, strict=True):
         assert actual.dtype == case.dtype
         assert_close(actual, gradient, case.dtype)
@@ -142,16 +139,16 @@ def test_gradients_of_a_querys_scores_sum_to_zero():
     q, k, _ = case.main_inputs()
     scores = jnp.asarray(case.normal(7, case.num_queries, 1, case.num_keys), jnp.float32)
     one_hot = jnp.eye(case.num_keys)[None]
+    ones = np.ones((1, 1, case.num_queries))
 
     def gradient(scores):
-        return jax.grad(lambda x: align(case, None, None, q, k, x, one_hot)[0].sum())(scores)
+        return jax.grad(lambda x: align(case, None, None, ones, q, k, x, one_hot)[0])(scores)
 
     with interpreted(), trying("index_kl.tpu_prefix", SMALL_TILES):
         actual = np.asarray(compiled(gradient)(scores))
     np.testing.assert_allclose(actual.sum(-1), 0, atol=2e-6)
     arguments = exact(q, k, scores, one_hot)
-    weights = np.ones((1, 1, case.num_queries))
-    wanted, _ = numpy_oracle.index_kl_gradients(*arguments, case.mask(None), weights)
+    wanted, _ = numpy_oracle.index_kl_gradients(*arguments, case.mask(None), ones)
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
     assert np.abs(actual).max() > 0.01
 
@@ -161,12 +158,11 @@ def test_student_that_rules_out_what_the_teacher_attends_to():
     case = changed(num_queries=10)
     q, k, _ = case.main_inputs()
     index_q, index_k = case.index_inputs()
-    arguments = q, k, index_q * 256, index_k * 8
+    arguments, ones = (q, k, index_q * 256, index_k * 8), np.ones((1, 1, case.num_queries))
 
     def run(*arguments):
-        return jax.value_and_grad(lambda *x: align(case, None, None, *x)[0].sum(), (2, 3))(
-            *arguments
-        )
+        loss = functools.partial(align, case, None, None, ones)
+        return jax.value_and_grad(lambda *x: loss(*x)[0], (2, 3))(*arguments)
 
     with interpreted(), trying("index_kl.tpu_prefix", SMALL_TILES):
         value, gradients = compiled(run)(*arguments)
@@ -189,8 +185,9 @@ def test_student_that_rules_out_what_the_teacher_attends_to():
 )
 def test_refuses(changes, reason):
     case = changed(num_queries=1, **changes)
+    inputs = *case.main_inputs()[:2], *case.index_inputs()
     with interpreted(), pytest.raises(NotImplementedError, match=reason):
-        align(case, case.block_ids(), None, *case.main_inputs()[:2], *case.index_inputs())
+        align(case, case.block_ids(), None, weights_of(case), *inputs)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +218,7 @@ def gradients(num_queries, prefix, size=128, dtype="bfloat16"):
         selection = None if prefix else BlockSelection(block_ids, size)
 
         def loss(index_q, index_k):
-            return index_kl(q, k, index_q, index_k, selection, implementation="mosaic_tpu").kl.sum()
+            return index_kl(q, k, index_q, index_k, selection, implementation="mosaic_tpu").loss
 
         return jax.value_and_grad(loss, (0, 1))(index_q, index_k)
 

@@ -19,7 +19,9 @@ from pallas_kernels.sparse_attention.reverse_index import (
     SLOT,
     max_split_slices,
     reverse_index,
+    reverse_lists,
     row_length,
+    slices_of,
 )
 
 BATCH, GROUPS, NUM_QUERIES, TOP_K = 2, 2, 16, 3
@@ -155,6 +157,74 @@ def test_slices_of_split_lists_have_slots_of_their_own(picks, per_slice):
     assert (slices[count:, NUM_PARTS] == 0).all()
     num_tiles = sum(map(len, lists.values()))
     assert next_slot <= max_split_slices(num_tiles, per_slice)
+
+
+def chunked(ids, per_slice, thread_blocks=1):
+    """Chunks of one row of one group each: the groups of a row of queries follow each other."""
+    cut = ids.reshape(BATCH, GROUPS, 1, NUM_QUERIES // ROW, ROW, TOP_K)
+    cut = cut.transpose(3, 1, 0, 2, 4, 5).reshape(-1, BATCH, 1, ROW, TOP_K)
+    starts = np.repeat(np.arange(NUM_QUERIES // ROW, dtype=np.int32) * ROW, GROUPS)[:, None]
+    sizes = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "queries_per_row": ROW}
+
+    def build(ids):
+        first_group = jnp.arange(len(ids), dtype=jnp.int32) % GROUPS
+        place = jnp.asarray(starts + FIRST_QUERY), jnp.asarray(starts + FIRST_SLOT), first_group
+        lists = reverse_lists(ids, *place, queries_per_tile=PER_TILE, **sizes)
+        tiles = {"queries_per_tile": PER_TILE, "tiles_per_slice": per_slice}
+        return slices_of(lists, **tiles, thread_blocks=thread_blocks)
+
+    return cut, jax.tree.map(np.asarray, compiled(build)(jnp.asarray(cut)))
+
+
+@pytest.mark.parametrize("picks", [random_picks, same_for_all, nobody, holes])
+def test_chunks_are_built_as_if_each_were_alone(picks):
+    cut, found = chunked(picks(np.random.default_rng(3)), PER_SLICE)
+    for number, ids in enumerate(cut):
+        start = number // GROUPS * ROW
+        alone = compiled(
+            functools.partial(
+                reverse_index,
+                num_blocks=NUM_BLOCKS,
+                block_size=BLOCK_SIZE,
+                queries_per_row=ROW,
+                queries_per_tile=PER_TILE,
+                tiles_per_slice=PER_SLICE,
+            )
+        )(jnp.asarray(ids), jnp.asarray(FIRST_QUERY + start), jnp.asarray(FIRST_SLOT + start))
+        count = int(alone.num_slices[0])
+        slices = np.array(alone.slices[:count])
+        slices[:, GROUP] += number % GROUPS
+        np.testing.assert_array_equal(found.queries[number], alone.queries)
+        np.testing.assert_array_equal(found.places[number], alone.places)
+        np.testing.assert_array_equal(found.num_slices[number], alone.num_slices)
+        np.testing.assert_array_equal(found.slices[number, :count], slices)
+
+
+def test_thread_blocks_get_about_as_many_tiles():
+    """Of 24 lists with 1 to 24 queries, a tile each."""
+    blocks, turns = 24, 5
+    ids = np.where(np.arange(blocks)[:, None] >= np.arange(blocks), np.arange(blocks), -1)
+    build = functools.partial(
+        reverse_lists, num_blocks=blocks, block_size=1, queries_per_row=32, queries_per_tile=1
+    )
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    ids = np.pad(ids.astype(np.int32), ((0, 8), (0, 0)), constant_values=-1)
+
+    def tiles_of(thread_blocks):
+        lists = build(jnp.asarray(ids)[None, None, None], zeros, zeros, zeros[0])
+        index = slices_of(
+            lists, queries_per_tile=1, tiles_per_slice=32, thread_blocks=thread_blocks
+        )
+        return index.slices[0, : index.num_slices[0, 0]]
+
+    plain, dealt = (np.asarray(tiles_of(number)) for number in (1, turns))
+    rows = [tuple(row) for row in plain]
+    assert sorted(rows) == sorted(tuple(row) for row in dealt)
+    loads = [
+        [slices[first::turns, NUM_TILES].sum() for first in range(turns)]
+        for slices in (plain, dealt)
+    ]
+    assert np.ptp(loads[1]) <= 4 < np.ptp(loads[0])
 
 
 def test_rows_that_do_not_fit_into_one_key_are_sorted_apart(monkeypatch):

@@ -14,14 +14,20 @@ from op_cases import compiled
 from pallas_kernels.ahead_of_time import compile_for_h100
 from pallas_kernels.mosaic_gpu import Target, traced_for
 from pallas_kernels.sparse_attention.add_parts_mosaic_gpu import add_parts
-from pallas_kernels.sparse_attention.backward import BackwardConfig, backward
-from pallas_kernels.sparse_attention.backward_mosaic_gpu import GradientConfig, block_gradients
+from pallas_kernels.sparse_attention.backward import BackwardConfig, backward, backward_chunks
+from pallas_kernels.sparse_attention.backward_mosaic_gpu import (
+    TILE_ROWS,
+    GradientConfig,
+    block_gradients,
+)
+from pallas_kernels.sparse_attention.chunks_mosaic_gpu import chunk_lists
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
 from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
+from pallas_kernels.sparse_attention.union_mosaic_gpu import padded_group
 from pallas_kernels.visibility import visible_block_ids
 
-# Rows of 64 queries, one per chunk.
-CHUNKS = dataclasses.replace(BACKWARD, queries_per_chunk=64)
+# Rows of 64 queries of one group, one per chunk.
+CHUNKS = dataclasses.replace(BACKWARD, queries_per_chunk=64, partial_bytes=1)
 
 
 def cotangents(case, seed=2):
@@ -44,18 +50,23 @@ def gradients(case, block_ids):
     offset = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
     segments = None if segments is None else jnp.asarray(segments)
     visible = visible_block_ids(jnp.asarray(block_ids), segments, offset, case.block_size)
-    return lambda q, k, v, o, lse, do, dlse: backward(
-        q,
-        k,
-        v,
-        visible,
-        offset,
-        (o, lse),
-        (do, dlse),
-        block_size=case.block_size,
-        scale=0.2,
-        config=case.backward,
-    )
+    shape = {"block_size": case.block_size, "config": case.backward}
+
+    def differentiate(q, k, v, o, lse, do, dlse):
+        return by_lists(q, k, v, visible, offset, (o, lse), (do, dlse), **shape)
+
+    return differentiate
+
+
+def by_lists(q, k, v, block_ids, offset, results, cotangents, *, block_size, config):
+    """`backward` with the lists that its forward pass would have left."""
+    groups, num_blocks = k.shape[2], -(-k.shape[1] // block_size)
+    chunks = backward_chunks(config, q, groups, block_ids.shape[3], num_blocks)
+    blocks = {"num_blocks": num_blocks, "block_size": block_size}
+    per_tile = TILE_ROWS // padded_group(q.shape[2] // groups)
+    lists = chunk_lists(block_ids, offset, chunks, queries_per_tile=per_tile, **blocks)
+    options = {"block_size": block_size, "scale": 0.2, "chunks": chunks, "config": config}
+    return backward(q, k, v, lists, results, cotangents, **options)
 
 
 def exact(case, arrays, block_ids, cotangents):
@@ -217,17 +228,16 @@ def test_a_million_tokens_fit_into_the_grids(monkeypatch):
         return kernel(*args, grid=grid, kernel_name=kernel_name, **options)
 
     monkeypatch.setattr(plgpu, "kernel", recorded)
-    options = {"block_size": 64, "scale": 0.1, "config": BackwardConfig()}
+    options = {"block_size": 64, "config": BackwardConfig()}
     q, kv = (jax.ShapeDtypeStruct((1, 2**20, heads, 64), jnp.bfloat16) for heads in (64, 8))
     block_ids = jax.ShapeDtypeStruct((1, 8, 2**20, 16), jnp.int32)
     lse = jax.ShapeDtypeStruct((1, 64, 2**20), jnp.float32)
     with traced_for(Target()):
         jax.eval_shape(
-            lambda q, kv, ids, lse: backward(q, kv, kv, ids, 0, (q, lse), (q, lse), **options),
+            lambda q, kv, ids, lse: by_lists(q, kv, kv, ids, 0, (q, lse), (q, lse), **options),
             *(q, kv, block_ids, lse),
         )
     assert set(grids) == {"block_gradients", "add_parts", "combine"}
-    assert grids["add_parts"][-1] > 65_535
     assert all(size <= 65_535 for grid in grids.values() for size in grid[:-1])
 
 

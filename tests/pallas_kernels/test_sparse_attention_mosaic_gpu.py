@@ -112,7 +112,7 @@ def test_the_cheaper_scheme_runs(scheme, monkeypatch):
     """
     for mark, name in enumerate(SCHEMES[1:]):
 
-        def attend(q, k, v, block_ids, query_offset, *, mark=mark, **_):
+        def attend(q, k, v, block_ids, query_offset, *_, mark=mark, **__):
             lse = (block_ids.sum(-1) + query_offset + mark / 4).astype(jnp.float32)
             return q, jnp.repeat(lse, q.shape[2] // k.shape[2], axis=1)
 
