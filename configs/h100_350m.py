@@ -63,14 +63,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         moe=MoEConfig(num_experts=0),
         data=DataConfig(source="stdlib", sequence_length=32_768, join_documents=True, batch_size=2),
         optimizer=OptimizerConfig(
-            learning_rate=6e-4, warmup_steps=30, decay_fraction=0.3, accumulation_steps=2
+            learning_rate=6e-4, warmup_steps=20, decay_fraction=0.3, accumulation_steps=2
         ),
-        objective=ObjectiveConfig(index_warmup_steps=30),
+        objective=ObjectiveConfig(index_warmup_steps=20),
         # 65,536 tokens a step: 20M in all, less than two epochs of the 11 MB of sources.
         train=TrainConfig(
-            steps=300,
+            steps=80,
             log_every=5,
-            eval_every=100,
+            eval_every=50,
             eval_batches=2,
             checkpoint_every=0,
             keep_checkpoints=1,

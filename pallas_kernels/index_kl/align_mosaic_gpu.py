@@ -79,7 +79,8 @@ def align_tiles(
 
 def _write(worker: Worker, tile: Tile, slot, teacher):
     """Ends a tile."""
-    smem, this, results = worker.smem, worker.number, Alignment(*worker.results)
+    smem, this = worker.smem, worker.number
+    to_divergence, to_gradients, to_index_q = (ref.at[tile.number] for ref in worker.results)
     shape = TILE_QUERIES, worker.statics.scales.block_size
 
     def factor(column):
@@ -97,12 +98,12 @@ def _write(worker: Worker, tile: Tile, slot, teacher):
     gradients = smem.staging[1].at[this]
     gradients[...] = ((student - teacher) * factor(WEIGHT)).astype(gradients.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem.per_query.at[this], results.divergence.at[tile.number])
-    plgpu.copy_smem_to_gmem(gradients, results.gradients.at[tile.number])
+    plgpu.copy_smem_to_gmem(smem.per_query.at[this], to_divergence)
+    plgpu.copy_smem_to_gmem(gradients, to_gradients)
     queries = smem.q.at[this, slot]
     queries[...] = matmul(gradients, smem.index_k.at[this], queries.shape).astype(queries.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(queries, results.index_q.at[tile.number])
+    plgpu.copy_smem_to_gmem(queries, to_index_q)
     # All of these are written again, and the slot is loaded again, when the copies have read them.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(smem.q_empty.at[this, slot])

@@ -39,10 +39,11 @@ def _write(worker: Worker, tile: Tile, slot, _):
     scores = index_scores(worker, slot)
     plgpu.barrier_arrive(smem.q_empty.at[this, slot])
     plgpu.barrier_arrive(smem.index_empty.at[this])
+    shape = TILE_QUERIES, worker.statics.scales.block_size
     scores = jnp.where(visible_keys(worker, tile), scores, -jnp.inf)
     peak = scores.max(axis=1)
     shift = jnp.where(peak == -jnp.inf, 0.0, peak)
-    total = jnp.exp2(scores - by_rows(shift, scores.shape)).sum(axis=1)
+    total = jnp.exp2(scores - by_rows(shift, shape)).sum(axis=1)
     # The copy of the tile before has read them.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem.per_query.at[this][...] = shift + jnp.log2(total)

@@ -97,7 +97,7 @@ def _backward(options: _Options, kept, cotangents):
     from pallas_kernels.index_kl.gradient_triton import gradients
 
     d_kl, _ = cotangents  # the log-sum-exp is a constant to callers
-    d_index_q, d_index_k = gradients(*kept, d_kl, **options._asdict())
+    d_index_q, d_index_k = gradients(*kept, d_kl=d_kl, **options._asdict())
     return d_index_q, d_index_k, None, None, None, None, None, None
 
 

@@ -5,6 +5,8 @@ The instruction is an atomic one and could be issued by many; here each number i
 warpgroup of a kernel, so the order of additions is that of the kernels, the same in every run.
 """
 
+from typing import Any
+
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -42,10 +44,10 @@ def add_to(sums: jax.Ref, first: jax.Array, group: jax.Array, new: jax.Array, ta
         rows, columns = new.shape
         part = mgpu.utils.memref_slice(sums, (mgpu.ds(at[0], rows), at[1]))
         part = mgpu.utils.memref_reshape(part, (1, 1, rows, columns))
-        places = mgpu.FragmentedArray.transfer_tiled(part, 16, new.layout, new.shape, False)
+        array: Any = mgpu.FragmentedArray
+        places = array.transfer_tiled(part, 16, new.layout, new.shape, False)
         for get, _, _, pointer in places:
             pair = get(new.registers)
-            assert isinstance(pointer, ir.Value)
             pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), pointer)
             operands = [pointer, *(vector.extract(pair, [], [i]) for i in range(2))]
             nothing = ir.Type.parse("!llvm.void")
