@@ -6,9 +6,13 @@ D head dim, Di index dim, Bk block size, K blocks kept per query and KV group.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-MixerKind = Literal["msa", "gqa"]
+from msa_jax.mixer_config import LinearConfig, Mamba2Config, MLAConfig
+from msa_jax.validation import ConfigError as ConfigError
+from msa_jax.validation import require, require_choice
+
+MixerKind = Literal["msa", "gqa", "mla", "linear", "mamba2"]
 Pooling = Literal["max", "lse", "mean"]
 IndexPrecision = Literal["native", "int8"]
 Selector = Literal["learned", "strided", "random", "sliding_window", "oracle"]
@@ -17,27 +21,12 @@ Router = Literal["sigmoid", "softmax"]
 Remat = Literal["none", "full", "save_selection", "attention", "dots"]
 
 
-class ConfigError(ValueError):
-    """A configuration value that cannot work; the message names the field and the mend."""
-
-
-def require(condition: bool, field: str, value: object, mend: str) -> None:
-    """Raises `ConfigError` naming `field` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{field}={value!r}: {mend}")
-
-
-def require_choice(field: str, value: object, choices: object) -> None:
-    """Raises `ConfigError` unless `value` is one of the options of the Literal `choices`."""
-    options = get_args(choices)
-    require(value in options, field, value, f"choose one of {', '.join(map(repr, options))}")
-
-
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """One token mixer, `kind="msa"` (two-branch sparse) or `kind="gqa"` (dense).
 
     A dense twin is the same config with another `kind`: it ignores the index-branch fields.
+    `kind="mla"`, "linear" and "mamba2" have fields of their own in the section of their name.
 
     Attributes:
       kind: which mixer to build.
@@ -62,6 +51,9 @@ class AttentionConfig:
       share_every: a layer computes a selection, the next `share_every - 1` layers reuse it.
       detach_index_input: stop_gradient on the index branch's input (False diverges: an ablation).
       implementation: kernel implementation for all attention ops; "auto" takes the best there is.
+      mla: `kind="mla"` only.
+      linear: `kind="linear"` only.
+      mamba2: `kind="mamba2"` only.
     """
 
     kind: MixerKind = "msa"
@@ -85,6 +77,9 @@ class AttentionConfig:
     share_every: int = 1
     detach_index_input: bool = True
     implementation: str = "auto"
+    mla: MLAConfig = dataclasses.field(default_factory=MLAConfig)
+    linear: LinearConfig = dataclasses.field(default_factory=LinearConfig)
+    mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
 
     def __post_init__(self):
         require_choice("attention.kind", self.kind, MixerKind)
@@ -141,6 +136,16 @@ class AttentionConfig:
     def index_rope_dim(self) -> int:
         """Dims of the index branch that rotate: `rope_dim` truncated to `index_dim`."""
         return min(self.rope_dim, self.index_dim) if self.index_rope else 0
+
+    @property
+    def mla_value_dim(self) -> int:
+        """Dims of each value head of `kind="mla"`."""
+        return self.mla.value_dim or self.head_dim
+
+    @property
+    def linear_value_dim(self) -> int:
+        """Dims of each value head of `kind="linear"`."""
+        return self.linear.value_dim or self.head_dim
 
     @property
     def learns_selection(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from msa_jax.cache import KVCache
+from msa_jax.cache import Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MixerOutput(NamedTuple):
     """
 
     y: Float[Array, "B T M"]
-    cache: KVCache | None
+    cache: Cache | None
     shared: Any
     aux: dict[str, Array]
 
@@ -52,7 +52,7 @@ class Mixer(Protocol):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: Any = None,
         shared: Any = None,
         mode: Mode = Mode(),
     ) -> MixerOutput:
@@ -63,12 +63,12 @@ class Mixer(Protocol):
           positions: place of each token in its document; by default counted from the cached ones.
           segment_ids: document of each token, 0 for padding; None for one document per row.
             Not together with a cache.
-          cache: tokens seen before, one document per row.
+          cache: tokens seen before, one document per row; from this mixer's `init_cache`.
           shared: `MixerOutput.shared` of the layer below.
           mode: see `Mode`.
         """
         ...
 
-    def init_cache(self, batch: int, max_length: int) -> KVCache:
+    def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `max_length` tokens per row."""
         ...
