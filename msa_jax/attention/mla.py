@@ -66,16 +66,14 @@ class MLAttention(nnx.Module):
             return matrix(rngs, shape, axes, fan_in=fan_in, dtype=param_dtype, scale=scale)
 
         norm = {"eps": norm_eps, "param_dtype": param_dtype}
-        query_in, query_axis = d_model, "embed"
-        self.q_down, self.q_norm = None, None
-        if sizes.query_latent_dim:
-            query_in, query_axis = sizes.query_latent_dim, None
-            self.q_down = make((d_model, query_in), ("embed", None))
-            self.q_norm = RMSNorm(query_in, **norm)
-        self.q = make((query_in, heads, key_dim + sizes.rope_head_dim), (query_axis, "heads", None))
+        rank, rotated = sizes.query_latent_dim, sizes.rope_head_dim
+        self.q_down = make((d_model, rank), ("embed", None)) if rank else None
+        self.q_norm = RMSNorm(rank, **norm) if rank else None
+        query_axis = None if rank else "embed"
+        self.q = make((rank or d_model, heads, key_dim + rotated), (query_axis, "heads", None))
         self.latent = make((d_model, sizes.latent_dim), ("embed", None))
         self.latent_norm = RMSNorm(sizes.latent_dim, **norm)
-        self.rope_k = make((d_model, sizes.rope_head_dim), ("embed", None))
+        self.rope_k = make((d_model, rotated), ("embed", None))
         self.k = make((sizes.latent_dim, heads, key_dim), (None, "heads", None))
         self.v = make((sizes.latent_dim, heads, value_dim), (None, "heads", None))
         shape, fan_in = (heads, value_dim, d_model), heads * value_dim

@@ -25,6 +25,15 @@ from msa_jax.train.metrics import metrics_path, read_metrics
 
 Records = list[dict[str, Any]]
 
+# What the report calls a run, by its `attention.kind`.
+LABELS = {
+    "msa": "MSA",
+    "gqa": "GQA",
+    "mla": "MLA",
+    "linear": "Gated DeltaNet",
+    "mamba2": "Mamba-2",
+}
+
 
 class RunFileError(ValueError):
     """A run's file that is missing or does not hold what it should; the message names it."""
@@ -134,7 +143,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if any(config.computes_selection(layer) for layer in range(config.model.num_layers)):
         selection = _read_selection(folder / "selection.npz", config, evaluation)
     return Run(
-        label={"msa": "MSA", "gqa": "GQA"}[config.attention.kind],
+        label=LABELS[config.attention.kind],
         path=folder,
         config=config,
         manifest=starts[-1],
