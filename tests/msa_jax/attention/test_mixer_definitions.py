@@ -116,9 +116,19 @@ def mamba2(x, p):
     return np.stack([rms_norm(row, p["norm/weight"]) for row in gated]) @ p["o"]
 
 
-@pytest.mark.parametrize("definition", [mla, linear, mamba2], ids=lambda f: f.__name__)
-def test_a_mixer_is_what_its_paper_says(definition, filled):
-    config = dataclasses.replace(CONFIG, kind=definition.__name__)
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("definition", "changes"),
+    [
+        (mla, {}),
+        (linear, {}),
+        (linear, {"linear": LinearConfig(value_dim=3, conv_width=1)}),
+        (mamba2, {}),
+    ],
+    ids=["mla", "linear", "linear without convolution", "mamba2"],
+)
+def test_a_mixer_is_what_its_paper_says(definition, changes, filled):
+    config = dataclasses.replace(CONFIG, kind=definition.__name__, **changes)
     options = {"norm_eps": EPS, "dtype": "float64", "param_dtype": "float64"}
 
     def build(rngs):
