@@ -31,7 +31,7 @@ CONFIG = AttentionConfig(
     mamba2=Mamba2Config(state_dim=5, head_dim=6, chunk_size=12),
 )
 KINDS = ("mla", "linear", "mamba2")
-SPANS = ((0, 13), (16, 38))  # documents, with padding behind each
+SPANS = ((0, 13), (14, 38))  # documents, with padding behind each
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
