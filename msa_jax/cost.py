@@ -9,7 +9,7 @@ Conventions, used by every function here:
   * Attention counts visible (query, key) pairs: what the mask lets through, not what a kernel
     computes in its tiles.
   * Recurrent mixers count their recurrence's products with the state, not what a chunked algorithm
-    computes in their place (`msa_jax.mixer_cost`); a short convolution is a matrix to them.
+    computes in their place (`msa_jax.mixer_cost`). Their short convolutions count as projections.
   * Training counts each product once forward and once per needed gradient, and no recomputation,
     neither rematerialised layers nor the scores that a flash-style backward rebuilds.
 
