@@ -148,6 +148,10 @@ def _inverse(lower):
 
 
 def _matmul(a: Array, b: Array) -> Array:
+    # Sums over few terms are faster without a matrix product (1024 matrices of 64 x 64 inverted on
+    # 2 CPU cores: 91 ms with products alone, 12 ms like this; a triangular solve takes 212 ms).
+    if a.shape[-1] <= 16:
+        return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
     return jnp.matmul(a, b, precision="highest")
 
 
