@@ -5,15 +5,27 @@ from flax import nnx
 from msa_jax.attention.gqa import GQAttention
 from msa_jax.attention.mixer import Mixer, MixerOutput, Mode
 from msa_jax.attention.msa import MSAttention
+from msa_jax.attention.pattern import PatternAttention
 from msa_jax.config import AttentionConfig
 
-__all__ = ["GQAttention", "MSAttention", "Mixer", "MixerOutput", "Mode", "build_mixer"]
+__all__ = [
+    "GQAttention",
+    "MSAttention",
+    "Mixer",
+    "MixerOutput",
+    "Mode",
+    "PatternAttention",
+    "build_mixer",
+]
 
 
 def build_mixer(
     config: AttentionConfig, d_model: int, *, computes_selection: bool, rngs: nnx.Rngs, **options
 ) -> Mixer:
     """The mixer that `config.kind` names; `options` as of the mixers' constructors."""
-    if config.kind == "gqa":
-        return GQAttention(config, d_model, rngs=rngs, **options)
-    return MSAttention(config, d_model, computes_selection=computes_selection, rngs=rngs, **options)
+    if config.kind == "msa":
+        options["computes_selection"] = computes_selection
+        return MSAttention(config, d_model, rngs=rngs, **options)
+    if config.selects_blocks:
+        return PatternAttention(config, d_model, rngs=rngs, **options)
+    return GQAttention(config, d_model, rngs=rngs, **options)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.select_blocks.reference import choose_blocks, forced_blocks, main_block_mass
 from pallas_kernels.visibility import document_starts, map_query_chunks
 
-PATTERNS = ("strided", "random", "sliding_window", "oracle")
+PATTERNS = ("strided", "random", "random_per_block", "sink_window", "oracle")
 
 
 def select_pattern(
@@ -29,7 +29,7 @@ def select_pattern(
     num_sink_blocks: int,
     scale: float,
 ) -> Int[Array, "B Hkv T K"]:
-    """Block ids of one of `PATTERNS`; `groups` numbers the KV groups for "random"."""
+    """Block ids of one of `PATTERNS`; `groups` numbers the KV groups for the random ones."""
     mass = None
     if pattern == "oracle":
         mass = main_block_mass(q, k, segment_ids, query_offset, block_size=block_size, scale=scale)
@@ -82,14 +82,16 @@ def _pattern_scores(
     query = (slots - starts)[:, None, :, None]
     block = jnp.arange(num_blocks) - (starts // block_size)[:, None, :, None]
     own = query // block_size
-    if pattern == "sliding_window":
-        scores = block
+    if pattern == "sink_window":
+        scores = block  # the sinks are forced
     elif pattern == "strided":
         # Blocks 0..own fall into top_k equal strides; the first of each leads, then the nearest.
         stride, previous = (block * top_k) // (own + 1), ((block - 1) * top_k) // (own + 1)
         scores = jnp.where(stride != previous, block + num_blocks, block)
     elif pattern == "random":
         scores = _hash(query, block, groups[:, None, None])
+    elif pattern == "random_per_block":
+        scores = _hash(own, block, groups[:, None, None])
     else:
         raise ValueError(f"pattern={pattern!r}: choose one of {', '.join(PATTERNS)}")
     shape = (len(slots), len(groups), slots.shape[1], num_blocks)
