@@ -324,9 +324,9 @@ def decode_bytes(
 ) -> int:
     """Bytes of cache that one layer reads to decode the last of `length` tokens, batch 1.
 
-    Keys and values of the tokens that the token sees, and for MSA every index key. A group reads
-    only its own KV head, so groups that select different blocks read no more than groups that
-    agree.
+    Keys and values of the tokens that the token sees, and every key that a selection scores: index
+    keys, or for the "oracle" selector the main ones. A group reads only its own KV head, so groups
+    that select different blocks read no more than groups that agree.
 
     Args:
       attention: the layer's mixer.
@@ -334,10 +334,11 @@ def decode_bytes(
       computes_selection: False for a layer that reuses an earlier selection (`share_every`).
       dtype_bytes: bytes of one cached number.
     """
-    row = 2 * attention.kv_heads * attention.head_dim
-    scores = attention.learns_selection and computes_selection
-    index = attention.index_dim * length if scores else 0
-    return dtype_bytes * (row * visible_tokens(attention, length) + index)
+    keys = attention.kv_heads * attention.head_dim
+    scored = 0
+    if attention.kind == "msa" and computes_selection:
+        scored = {"learned": attention.index_dim, "oracle": keys}.get(attention.selector, 0)
+    return dtype_bytes * (2 * keys * visible_tokens(attention, length) + scored * length)
 
 
 def kv_cache_bytes(config: ArchitectureConfig, length: int, *, dtype_bytes: int = 2) -> int:

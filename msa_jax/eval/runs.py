@@ -144,7 +144,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if any(config.computes_selection(layer) for layer in range(config.model.num_layers)):
         selection = _read_selection(folder / "selection.npz", config, evaluation)
     return Run(
-        label=LABELS[config.attention.kind],
+        label=_label(config),
         path=folder,
         config=config,
         manifest=starts[-1],
@@ -154,6 +154,13 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         evaluation=evaluation,
         selection=selection,
     )
+
+
+def _label(config: ArchitectureConfig) -> str:
+    """The kind, and for MSA the selector if it is a fixed one."""
+    attention = config.attention
+    fixed = attention.kind == "msa" and attention.selector != "learned"
+    return LABELS[attention.kind] + (f" {attention.selector}" if fixed else "")
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:

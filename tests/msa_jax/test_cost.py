@@ -221,11 +221,14 @@ def test_shared_selections_score_once_per_group_of_layers():
 
 
 @pytest.mark.parametrize(
-    ("selector", "per_pair"), [("learned", 32), ("oracle", 60), ("random", 0), ("strided", 0)]
+    ("selector", "per_pair", "per_key"),
+    [("learned", 32, 8), ("oracle", 60, 10), ("random", 0, 0), ("strided", 0, 0)],
 )
-def test_only_scoring_selectors_pay_for_scores(selector, per_pair):
+def test_only_scoring_selectors_pay_for_scores(selector, per_pair, per_key):
     attention = dataclasses.replace(SMALL, selector=selector)
     assert cost.attention_flops(attention, 40).index == per_pair * cost.causal_pairs(40)
+    attended = 2 * 2 * 10 * 12  # keys and values of 12 tokens, 2 bytes each
+    assert cost.decode_bytes(attention, 40) == attended + 2 * per_key * 40
 
 
 def test_training_a_dense_model_is_three_forwards():

@@ -38,6 +38,12 @@ def test_every_kind_has_a_label():
     assert len(set(LABELS.values())) == len(LABELS)
 
 
+def test_msa_with_a_fixed_selector_is_not_called_msa_alone(tmp_path):
+    attention = dataclasses.replace(CONFIG.attention, selector="strided")
+    config = dataclasses.replace(CONFIG, attention=attention)
+    assert read_run(write_run(tmp_path / "fixed", "msa", config=config)).label == "MSA strided"
+
+
 def test_a_dense_run_has_no_selection(tmp_path):
     run = read_run(write_run(tmp_path / "gqa", "gqa"))
     assert run.label == "GQA"
