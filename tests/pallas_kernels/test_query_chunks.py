@@ -36,8 +36,6 @@ QUERY_BYTES = {
     "select_blocks": INDEX_BYTES,
     "strided": PATTERN_BYTES,
     "random": PATTERN_BYTES,
-    "random_per_block": PATTERN_BYTES,
-    "sink_window": PATTERN_BYTES,
     "oracle": PATTERN_BYTES,
 }
 
