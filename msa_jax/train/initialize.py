@@ -26,7 +26,7 @@ from msa_jax.train.checkpoint import (
 from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.state import TrainState, abstract_model, abstract_state
 
-# What is no matter of the parameters that a dense model has. Its checkpoint may say anything here.
+# What the parameters of a dense model do not depend on. Its checkpoint may say anything here.
 INDEX_FIELDS = frozenset(
     {
         "model.num_full_attention_layers",
