@@ -36,9 +36,9 @@ def causal_pairs(length: int) -> int:
 def visible_pairs(attention: AttentionConfig, length: int) -> int:
     """Exact number of (query, key) pairs that one query head of a layer attends to.
 
-    MSA: a query in block n sees its own block up to itself and min(n, K - 1) whole earlier blocks,
-    whichever those are, so the count does not depend on the selection. GQA: everything causal, or
-    the last `window` tokens.
+    MSA and fixed block patterns: a query in block n sees its own block up to itself and min(n, K -
+    1) whole earlier blocks, whichever those are, so the count does not depend on the selection.
+    Sliding window: the last `window` tokens. GQA and MHA: everything causal.
 
     Args:
       attention: one layer's mixer.
@@ -54,16 +54,16 @@ def visible_pairs(attention: AttentionConfig, length: int) -> int:
         )
     if attention.kind == "mla":
         return causal_pairs(length)
-    if attention.kind == "msa":
+    if attention.selects_blocks:
         block, kept = attention.block_size, attention.top_k - 1
         whole, rest = divmod(length, block)
         grown = min(whole, kept)  # blocks 0..grown-1 still see all of their predecessors
         earlier = grown * (grown - 1) // 2 + (whole - grown) * kept
         pairs = earlier * block * block + whole * causal_pairs(block)
         return pairs + rest * min(whole, kept) * block + causal_pairs(rest)
-    if attention.window and length > attention.window:
-        window = attention.window
-        return causal_pairs(window) + (length - window) * window
+    if attention.kind == "sliding_window":
+        full = min(length, attention.window)  # the tokens before these fill the window
+        return causal_pairs(full) + (length - full) * attention.window
     return causal_pairs(length)
 
 
@@ -96,21 +96,16 @@ def eq12_flops(attention: AttentionConfig, length: int) -> AttentionFlops:
     every query its full K Bk tokens, so it overcounts queries near the start and the local block.
 
     Raises:
-      ValueError: a sliding window or a kind of mixer that Eq. 12 does not cover.
+      ValueError: a mixer that Eq. 12 does not cover.
     """
-    if attention.kind in mixer_cost.KINDS:
-        raise ValueError(
-            f"attention.kind={attention.kind!r}: Eq. 12 is about MSA and dense attention; use "
-            "attention_flops for the exact count"
-        )
     heads = attention.num_heads * attention.head_dim
     if attention.kind == "msa":
         budget = attention.top_k * attention.block_size
-        index = attention.num_kv_heads * attention.index_dim * length**2
+        index = attention.kv_heads * attention.index_dim * length**2
         return AttentionFlops(4 * heads * length * budget, index)
-    if attention.window:
+    if attention.dense != attention:
         raise ValueError(
-            f"attention.window={attention.window}: Eq. 12 has no sliding window; "
+            f"attention.kind={attention.kind!r}: Eq. 12 is about MSA and full attention; "
             "use attention_flops for the exact count"
         )
     return AttentionFlops(2 * heads * length**2, 0)
@@ -127,7 +122,8 @@ def attention_flops(
 
     The main branch has two products over its visible pairs. The index branch scores every causal
     pair with Hkv heads of Di dims. The "oracle" selector scores with the main heads instead; the
-    other fixed selectors score nothing. Recurrent mixers: see `mixer_cost.mixer_flops`.
+    other selectors and the kinds with a fixed pattern score nothing. Recurrent mixers: see
+    `mixer_cost.mixer_flops`.
 
     Args:
       attention: the layer's mixer.
@@ -143,7 +139,7 @@ def attention_flops(
     heads = attention.num_heads * attention.head_dim
     per_pair = 0
     if attention.kind == "msa" and computes_selection:
-        learned = 2 * attention.num_kv_heads * attention.index_dim
+        learned = 2 * attention.kv_heads * attention.index_dim
         per_pair = {"learned": learned, "oracle": 2 * heads}.get(attention.selector, 0)
     main = 4 * heads * visible_pairs(attention, length)
     return AttentionFlops(main, per_pair * causal_pairs(length))
@@ -208,7 +204,7 @@ def training_flops(
     is the main branch's own softmax and costs nothing more.
 
     Args:
-      config: the model; a GQA model has no index branch and is three times `model_flops`.
+      config: the model; one without index branch is three times `model_flops`.
       length: tokens of the document.
       phase: "sparse", or "warmup" (main branch dense, KL over the whole causal prefix).
     """
@@ -218,11 +214,11 @@ def training_flops(
     for layer in range(config.model.num_layers):
         mixer = config.attention_of(layer)
         if phase == "warmup" and mixer.kind == "msa":
-            dense = attention_flops(dataclasses.replace(mixer, kind="gqa", window=0), length)
+            dense = attention_flops(mixer.dense, length)
             attention += dense.main - attention_flops(mixer, length).main
         if mixer.learns_selection and config.computes_selection(layer):
             support = causal_pairs(length) if phase == "warmup" else visible_pairs(mixer, length)
-            kl_gradient += 2 * 2 * mixer.num_kv_heads * mixer.index_dim * support
+            kl_gradient += 2 * 2 * mixer.kv_heads * mixer.index_dim * support
     return ModelFlops(
         projections=3 * forward.projections,
         attention=3 * attention,
@@ -334,7 +330,7 @@ def parameter_count(config: ArchitectureConfig) -> ParameterCount:
         embedding=model.vocab_size * model.d_model,
         head=0 if model.tie_embeddings else model.vocab_size * model.d_model,
         attention=sum(part.matrices for part in mixer_parts),
-        index=sum(model.d_model * (mixer.num_kv_heads + 1) * mixer.index_dim for mixer in indexed),
+        index=sum(model.d_model * (mixer.kv_heads + 1) * mixer.index_dim for mixer in indexed),
         norms=gains,
         dense_feed_forward=(model.num_layers - moe_layers) * 3 * model.d_model * model.ffn_dim,
         router=moe_layers * model.d_model * moe.num_experts,
@@ -348,7 +344,7 @@ def _mixer_parameters(mixer: AttentionConfig, d_model: int) -> mixer_cost.MixerP
     """Of one layer, without its index branch."""
     if mixer.kind in mixer_cost.KINDS:
         return mixer_cost.mixer_parameters(mixer, d_model)
-    matrices = 2 * d_model * (mixer.num_heads + mixer.num_kv_heads) * mixer.head_dim
+    matrices = 2 * d_model * (mixer.num_heads + mixer.kv_heads) * mixer.head_dim
     return mixer_cost.MixerParameters(matrices, 2 * mixer.head_dim * mixer.qk_norm)
 
 
@@ -362,9 +358,10 @@ def decode_bytes(
 ) -> int:
     """Bytes of cache that one layer reads to decode the last of `length` tokens, batch 1.
 
-    Dense attention reads all keys and values; MSA reads every index key and the keys and values of
-    the selected tokens. A group reads only its own KV head, so groups that select different blocks
-    read no more than groups that agree. Latent and recurrent mixers read all that they keep.
+    Keys and values of the tokens that the token sees, and every key that a selection scores: index
+    keys, or for the "oracle" selector the main ones. A group reads only its own KV head, so groups
+    that select different blocks read no more than groups that agree. Latent and recurrent mixers
+    read all that they keep.
 
     Args:
       attention: the layer's mixer.
@@ -378,15 +375,17 @@ def decode_bytes(
     """
     if attention.kind in mixer_cost.KINDS:
         return mixer_cost.mixer_cache_bytes(attention, length, d_model, dtype_bytes=dtype_bytes)
-    row = 2 * attention.num_kv_heads * attention.head_dim
-    scores = attention.learns_selection and computes_selection
-    index = attention.index_dim * length if scores else 0
-    return dtype_bytes * (row * visible_tokens(attention, length) + index)
+    keys = attention.kv_heads * attention.head_dim
+    scored = 0
+    if attention.kind == "msa" and computes_selection:
+        scored = {"learned": attention.index_dim, "oracle": keys}.get(attention.selector, 0)
+    return dtype_bytes * (2 * keys * visible_tokens(attention, length) + scored * length)
 
 
 def kv_cache_bytes(config: ArchitectureConfig, length: int, *, dtype_bytes: int = 2) -> int:
     """Bytes of keys and values of all layers for one sequence of `length` tokens.
 
+    Every kind keeps all tokens, a sliding window and fixed patterns too: `KVCache` is contiguous.
     Or of the latents or states that a mixer keeps in their place.
     """
 
@@ -394,7 +393,7 @@ def kv_cache_bytes(config: ArchitectureConfig, length: int, *, dtype_bytes: int 
         if mixer.kind in mixer_cost.KINDS:
             width = config.model.d_model
             return mixer_cost.mixer_cache_bytes(mixer, length, width, dtype_bytes=dtype_bytes)
-        return dtype_bytes * 2 * mixer.num_kv_heads * mixer.head_dim * length
+        return dtype_bytes * 2 * mixer.kv_heads * mixer.head_dim * length
 
     return sum(layer_bytes(config.attention_of(n)) for n in range(config.model.num_layers))
 

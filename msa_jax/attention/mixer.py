@@ -7,6 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from msa_jax.cache import Cache
 
+# What a policy of rematerialisation calls a selection.
+BLOCK_IDS = "block_ids"
+
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
@@ -14,7 +17,7 @@ class Mode:
 
     Attributes:
       phase: "warmup" attends densely and aligns the index branch over the whole causal prefix,
-        "sparse" attends to the selected blocks. Dense mixers are the same in both.
+        "sparse" attends to the selected blocks. Only MSA tells the two apart.
       losses: compute the auxiliary losses, which evaluation and decoding do without.
       diagnostics: compute the selection metrics, at the cost of a dense pass.
       selections: report the block ids themselves, as `aux["block_ids"]` [B, Hkv, T, K].

@@ -38,7 +38,7 @@ class Projections(nnx.Module):
     ):
         inward = {"fan_in": d_model, "dtype": param_dtype}
         query_shape = (d_model, config.num_heads, config.head_dim)
-        key_shape = (d_model, config.num_kv_heads, config.head_dim)
+        key_shape = (d_model, config.kv_heads, config.head_dim)
         axes = ("embed", "heads", None)
         self.q = matrix(rngs, query_shape, axes, **inward)
         self.k = matrix(rngs, key_shape, axes, **inward)
