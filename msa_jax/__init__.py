@@ -19,6 +19,7 @@ _HOMES = {
     "MoEConfig": "msa_jax.config",
     "Mode": "msa_jax.attention",
     "ModelConfig": "msa_jax.config",
+    "PatternAttention": "msa_jax.attention",
     "RMSNorm": "msa_jax.nn.norm",
     "ShardingRules": "msa_jax.sharding",
     "Transformer": "msa_jax.model",
@@ -26,7 +27,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from msa_jax.attention import GQAttention, MixerOutput, Mode, MSAttention
+    from msa_jax.attention import GQAttention, MixerOutput, Mode, MSAttention, PatternAttention
     from msa_jax.cache import KVCache
     from msa_jax.config import (
         ArchitectureConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "MoEConfig",
     "Mode",
     "ModelConfig",
+    "PatternAttention",
     "RMSNorm",
     "ShardingRules",
     "Transformer",

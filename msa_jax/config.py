@@ -6,62 +6,63 @@ D head dim, Di index dim, Bk block size, K blocks kept per query and KV group.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-MixerKind = Literal["msa", "gqa"]
+from msa_jax.mixer_config import LinearConfig, Mamba2Config, MLAConfig
+from msa_jax.validation import ConfigError as ConfigError
+from msa_jax.validation import require, require_choice
+
+MixerKind = Literal[
+    "msa", "gqa", "mha", "sliding_window", "longformer", "bigbird", "mla", "linear", "mamba2"
+]
 Pooling = Literal["max", "lse", "mean"]
 IndexPrecision = Literal["native", "int8"]
-Selector = Literal["learned", "strided", "random", "sliding_window", "oracle"]
+Selector = Literal["learned", "strided", "random", "sink_window", "oracle"]
 Activation = Literal["swiglu", "swiglu_oai"]
 Router = Literal["sigmoid", "softmax"]
 Remat = Literal["none", "full", "save_selection", "attention", "dots"]
 
 
-class ConfigError(ValueError):
-    """A configuration value that cannot work; the message names the field and the mend."""
-
-
-def require(condition: bool, field: str, value: object, mend: str) -> None:
-    """Raises `ConfigError` naming `field` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{field}={value!r}: {mend}")
-
-
-def require_choice(field: str, value: object, choices: object) -> None:
-    """Raises `ConfigError` unless `value` is one of the options of the Literal `choices`."""
-    options = get_args(choices)
-    require(value in options, field, value, f"choose one of {', '.join(map(repr, options))}")
-
-
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """One token mixer, `kind="msa"` (two-branch sparse) or `kind="gqa"` (dense).
+    """One token mixer: MSA by default, or one of the baselines of `docs/mixers.md`.
 
-    A dense twin is the same config with another `kind`: it ignores the index-branch fields.
+    A dense twin is the same config with another `kind`: it ignores the fields of blocks.
+    `kind="mla"`, "linear" and "mamba2" have fields of their own in the section of their name.
 
     Attributes:
-      kind: which mixer to build.
-      num_heads: Hq. Multi-head attention is `num_kv_heads == num_heads`, multi-query is 1.
-      num_kv_heads: Hkv, the number of groups; divides `num_heads`.
+      kind: which mixer to build. "msa" learns which blocks to attend to; "gqa" and "mha" attend to
+        everything, "sliding_window" to the last tokens, "longformer" and "bigbird" to blocks of a
+        fixed pattern.
+      num_heads: Hq.
+      num_kv_heads: Hkv, the number of groups; divides `num_heads`. `kind="mha"` takes `num_heads`
+        instead: see `kv_heads`.
       head_dim: D.
       rope_dim: how many leading dims of each head rotate (partial RoPE); 0 turns RoPE off.
       rope_theta: RoPE base.
       qk_norm: per-head RMSNorm with gain (1 + w) on q and k before RoPE.
-      window: `kind="gqa"` only: a query sees the last `window` tokens, itself included; 0 sees all.
+      window: `kind="sliding_window"`, 0 elsewhere: the last tokens that a query sees, its own too.
       block_size: Bk, tokens per block.
       top_k: K, blocks kept per query and group, the forced ones included.
       index_dim: Di.
       index_norm: per-head RMSNorm on index queries and keys.
       index_rope: partial RoPE on index queries and keys, `min(rope_dim, index_dim)` dims.
       num_local_blocks: the query's own block and the ones just before it that are always kept.
-      num_sink_blocks: leading blocks of the document that are always kept.
+      num_sink_blocks: leading blocks of the document that are always kept; at least one for the
+        kinds "longformer" and "bigbird" and the selector "sink_window".
+      num_random_blocks: `kind="bigbird"`, 0 elsewhere: the blocks of `top_k` that are drawn.
       pooling: token scores to block score.
       index_precision: "native" selects by index queries and keys as they are, "int8" rounds them to
         8 bits first, for speed; their training does not see the rounding.
-      selector: how the free blocks are chosen; anything but "learned" trains no index branch.
-      share_every: a layer computes a selection, the next `share_every - 1` layers reuse it.
+      selector: how `kind="msa"` chooses the free blocks. All but "learned" train no index branch:
+        "strided" and "random" ones, "sink_window" the nearest, "oracle" those with the most dense
+        attention.
+      share_every: `kind="msa"`: a layer computes a selection, the next `share_every - 1` reuse it.
       detach_index_input: stop_gradient on the index branch's input (False diverges: an ablation).
       implementation: kernel implementation for all attention ops; "auto" takes the best there is.
+      mla: `kind="mla"` only.
+      linear: `kind="linear"` only.
+      mamba2: `kind="mamba2"` only.
     """
 
     kind: MixerKind = "msa"
@@ -79,68 +80,107 @@ class AttentionConfig:
     index_rope: bool = True
     num_local_blocks: int = 1
     num_sink_blocks: int = 0
+    num_random_blocks: int = 0
     pooling: Pooling = "max"
     index_precision: IndexPrecision = "native"
     selector: Selector = "learned"
     share_every: int = 1
     detach_index_input: bool = True
     implementation: str = "auto"
+    mla: MLAConfig = dataclasses.field(default_factory=MLAConfig)
+    linear: LinearConfig = dataclasses.field(default_factory=LinearConfig)
+    mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
 
     def __post_init__(self):
         require_choice("attention.kind", self.kind, MixerKind)
         require_choice("attention.pooling", self.pooling, Pooling)
         require_choice("attention.index_precision", self.index_precision, IndexPrecision)
         require_choice("attention.selector", self.selector, Selector)
-        for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "top_k", "index_dim"):
-            require(
-                getattr(self, name) >= 1, f"attention.{name}", getattr(self, name), "must be >= 1"
-            )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "attention.num_kv_heads",
-            self.num_kv_heads,
+        positive = ("num_heads", "num_kv_heads", "head_dim", "block_size", "top_k", "index_dim")
+        for name in (*positive, "share_every"):
+            self._require(getattr(self, name) >= 1, name, "must be >= 1")
+        self._require(
+            self.num_heads % self.kv_heads == 0,
+            "num_kv_heads",
             f"must divide attention.num_heads={self.num_heads}",
         )
-        require(
+        self._require(
             self.rope_dim % 2 == 0 and 0 <= self.rope_dim <= self.head_dim,
-            "attention.rope_dim",
-            self.rope_dim,
+            "rope_dim",
             f"must be even and between 0 and attention.head_dim={self.head_dim}",
         )
-        require(
+        self._require(
             not self.index_rope or self.index_rope_dim % 2 == 0,
-            "attention.index_dim",
-            self.index_dim,
+            "index_dim",
             "must be even where index_rope rotates all of it",
         )
-        require(
-            self.window >= 0, "attention.window", self.window, "must be >= 0 (0 sees everything)"
-        )
-        require(
+        self._check_reach()
+
+    def _check_reach(self):
+        """That window and blocks suit the kind, and that `top_k` holds the blocks always kept."""
+        for name, kind in (("window", "sliding_window"), ("num_random_blocks", "bigbird")):
+            if self.kind == kind:
+                self._require(getattr(self, name) >= 1, name, f'must be >= 1 for kind="{kind}"')
+            else:
+                mend = f'must be 0 for kind="{self.kind}"; it belongs to kind="{kind}"'
+                self._require(getattr(self, name) == 0, name, mend)
+        self._require(
             self.num_local_blocks >= 1,
-            "attention.num_local_blocks",
-            self.num_local_blocks,
+            "num_local_blocks",
             "must be >= 1: a query always sees its own block",
         )
-        require(
-            self.num_sink_blocks >= 0,
-            "attention.num_sink_blocks",
-            self.num_sink_blocks,
-            "must be >= 0",
+        pattern = self.selector if self.kind == "msa" else self.kind
+        least = 1 if pattern in ("sink_window", "longformer", "bigbird") else 0
+        self._require(
+            self.num_sink_blocks >= least, "num_sink_blocks", f'must be >= {least} for "{pattern}"'
         )
-        forced = self.num_local_blocks + self.num_sink_blocks
-        require(
+        forced = self.num_local_blocks + self.num_sink_blocks + self.num_random_blocks
+        self._require(
             forced <= self.top_k,
-            "attention.top_k",
-            self.top_k,
-            f"must hold the {forced} forced blocks (num_local_blocks + num_sink_blocks)",
+            "top_k",
+            f"must hold the {forced} forced blocks (num_local_blocks + num_sink_blocks + "
+            "num_random_blocks)",
         )
-        require(self.share_every >= 1, "attention.share_every", self.share_every, "must be >= 1")
+
+    def _require(self, condition: bool, name: str, mend: str):
+        require(condition, f"attention.{name}", getattr(self, name), mend)
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv of what is built: `num_kv_heads`, or for multi-head attention one per query head."""
+        return self.num_heads if self.kind == "mha" else self.num_kv_heads
+
+    @property
+    def selects_blocks(self) -> bool:
+        """Whether a query attends to `top_k` blocks, learned ones or those of a fixed pattern."""
+        return self.kind in ("msa", "longformer", "bigbird")
+
+    @property
+    def shared_layers(self) -> int:
+        """Neighbouring layers that share one selection."""
+        return self.share_every if self.kind == "msa" else 1
+
+    @property
+    def dense(self) -> "AttentionConfig":
+        """The same heads attending to everything; itself where they already do."""
+        if self.kind in ("gqa", "mha"):
+            return self
+        return dataclasses.replace(self, kind="gqa", window=0, num_random_blocks=0)
 
     @property
     def index_rope_dim(self) -> int:
         """Dims of the index branch that rotate: `rope_dim` truncated to `index_dim`."""
         return min(self.rope_dim, self.index_dim) if self.index_rope else 0
+
+    @property
+    def mla_value_dim(self) -> int:
+        """Dims of each value head of `kind="mla"`."""
+        return self.mla.value_dim or self.head_dim
+
+    @property
+    def linear_value_dim(self) -> int:
+        """Dims of each value head of `kind="linear"`."""
+        return self.linear.value_dim or self.head_dim
 
     @property
     def learns_selection(self) -> bool:
@@ -263,9 +303,8 @@ class ArchitectureConfig:
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """The mixer of one layer: dense attention in the leading full-attention layers."""
-        if layer < self.model.num_full_attention_layers and self.attention.kind != "gqa":
-            return dataclasses.replace(self.attention, kind="gqa", window=0)
-        return self.attention
+        full = layer < self.model.num_full_attention_layers
+        return self.attention.dense if full else self.attention
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's feed-forward is a mixture of experts."""
@@ -275,9 +314,12 @@ class ArchitectureConfig:
         """Whether this layer selects its own blocks (the others reuse the last selection)."""
         first = self.model.num_full_attention_layers
         mixer = self.attention_of(layer)
-        return mixer.kind == "msa" and (layer - first) % mixer.share_every == 0
+        return mixer.selects_blocks and (layer - first) % mixer.shared_layers == 0
 
 
 def dense_twin[T: ArchitectureConfig](config: T) -> T:
-    """The same model with dense attention (`attention.kind="gqa"`) and nothing else changed."""
-    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, kind="gqa"))
+    """The same model with its heads attending to everything and nothing else changed.
+
+    `attention.kind` is "gqa", or stays "mha".
+    """
+    return dataclasses.replace(config, attention=config.attention.dense)

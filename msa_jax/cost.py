@@ -8,6 +8,8 @@ Conventions, used by every function here:
   * `length` N is one document in tokens. A packed row costs the sum over its documents.
   * Attention counts visible (query, key) pairs: what the mask lets through, not what a kernel
     computes in its tiles.
+  * Recurrent mixers count their recurrence's products with the state, not what a chunked algorithm
+    computes in their place (`msa_jax.mixer_cost`). Their short convolutions count as projections.
   * Training counts each product once forward and once per needed gradient, and no recomputation,
     neither rematerialised layers nor the scores that a flash-style backward rebuilds.
 
@@ -18,6 +20,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from msa_jax import mixer_cost
 from msa_jax.config import ArchitectureConfig, AttentionConfig, dense_twin
 
 Phase = Literal["sparse", "warmup"]
@@ -33,24 +36,34 @@ def causal_pairs(length: int) -> int:
 def visible_pairs(attention: AttentionConfig, length: int) -> int:
     """Exact number of (query, key) pairs that one query head of a layer attends to.
 
-    MSA: a query in block n sees its own block up to itself and min(n, K - 1) whole earlier blocks,
-    whichever those are, so the count does not depend on the selection. GQA: everything causal, or
-    the last `window` tokens.
+    MSA and fixed block patterns: a query in block n sees its own block up to itself and min(n, K -
+    1) whole earlier blocks, whichever those are, so the count does not depend on the selection.
+    Sliding window: the last `window` tokens. GQA and MHA: everything causal.
 
     Args:
       attention: one layer's mixer.
       length: tokens of the document.
+
+    Raises:
+      ValueError: a recurrent mixer, whose tokens look at no others.
     """
-    if attention.kind == "msa":
+    if attention.kind in mixer_cost.RECURRENT_KINDS:
+        raise ValueError(
+            f"attention.kind={attention.kind!r}: a recurrent mixer has no pairs of tokens; use "
+            "attention_flops"
+        )
+    if attention.kind == "mla":
+        return causal_pairs(length)
+    if attention.selects_blocks:
         block, kept = attention.block_size, attention.top_k - 1
         whole, rest = divmod(length, block)
         grown = min(whole, kept)  # blocks 0..grown-1 still see all of their predecessors
         earlier = grown * (grown - 1) // 2 + (whole - grown) * kept
         pairs = earlier * block * block + whole * causal_pairs(block)
         return pairs + rest * min(whole, kept) * block + causal_pairs(rest)
-    if attention.window and length > attention.window:
-        window = attention.window
-        return causal_pairs(window) + (length - window) * window
+    if attention.kind == "sliding_window":
+        full = min(length, attention.window)  # the tokens before these fill the window
+        return causal_pairs(full) + (length - full) * attention.window
     return causal_pairs(length)
 
 
@@ -83,39 +96,50 @@ def eq12_flops(attention: AttentionConfig, length: int) -> AttentionFlops:
     every query its full K Bk tokens, so it overcounts queries near the start and the local block.
 
     Raises:
-      ValueError: a sliding window, which Eq. 12 does not cover.
+      ValueError: a mixer that Eq. 12 does not cover.
     """
     heads = attention.num_heads * attention.head_dim
     if attention.kind == "msa":
         budget = attention.top_k * attention.block_size
-        index = attention.num_kv_heads * attention.index_dim * length**2
+        index = attention.kv_heads * attention.index_dim * length**2
         return AttentionFlops(4 * heads * length * budget, index)
-    if attention.window:
+    if attention.dense != attention:
         raise ValueError(
-            f"attention.window={attention.window}: Eq. 12 has no sliding window; "
+            f"attention.kind={attention.kind!r}: Eq. 12 is about MSA and full attention; "
             "use attention_flops for the exact count"
         )
     return AttentionFlops(2 * heads * length**2, 0)
 
 
 def attention_flops(
-    attention: AttentionConfig, length: int, *, computes_selection: bool = True
+    attention: AttentionConfig,
+    length: int,
+    *,
+    computes_selection: bool = True,
+    d_model: int | None = None,
 ) -> AttentionFlops:
     """One layer's exact forward FLOPs over a document of `length` tokens.
 
     The main branch has two products over its visible pairs. The index branch scores every causal
     pair with Hkv heads of Di dims. The "oracle" selector scores with the main heads instead; the
-    other fixed selectors score nothing.
+    other selectors and the kinds with a fixed pattern score nothing. Recurrent mixers: see
+    `mixer_cost.mixer_flops`.
 
     Args:
       attention: the layer's mixer.
       length: tokens of the document.
       computes_selection: False for a layer that reuses an earlier selection (`share_every`).
+      d_model: width of the model, which `kind="mamba2"` needs.
+
+    Raises:
+      ValueError: `kind="mamba2"` without `d_model`.
     """
+    if attention.kind in mixer_cost.KINDS:
+        return AttentionFlops(mixer_cost.mixer_flops(attention, length, d_model), 0)
     heads = attention.num_heads * attention.head_dim
     per_pair = 0
     if attention.kind == "msa" and computes_selection:
-        learned = 2 * attention.num_kv_heads * attention.index_dim
+        learned = 2 * attention.kv_heads * attention.index_dim
         per_pair = {"learned": learned, "oracle": 2 * heads}.get(attention.selector, 0)
     main = 4 * heads * visible_pairs(attention, length)
     return AttentionFlops(main, per_pair * causal_pairs(length))
@@ -126,8 +150,8 @@ class ModelFlops:
     """FLOPs of a whole model over one document, by part.
 
     Attributes:
-      projections: q, k, v and output projections.
-      attention: scores and values of the main branch.
+      projections: q, k, v and output projections, or what a mixer has in their place.
+      attention: scores and values of the main branch, or a recurrence.
       index_projections: index query and key projections.
       index_scores: the index branch's scores (in training, the KL's gradient too).
       feed_forward: dense feed-forwards, router, shared experts and the chosen routed experts.
@@ -180,7 +204,7 @@ def training_flops(
     is the main branch's own softmax and costs nothing more.
 
     Args:
-      config: the model; a GQA model has no index branch and is three times `model_flops`.
+      config: the model; one without index branch is three times `model_flops`.
       length: tokens of the document.
       phase: "sparse", or "warmup" (main branch dense, KL over the whole causal prefix).
     """
@@ -190,11 +214,11 @@ def training_flops(
     for layer in range(config.model.num_layers):
         mixer = config.attention_of(layer)
         if phase == "warmup" and mixer.kind == "msa":
-            dense = attention_flops(dataclasses.replace(mixer, kind="gqa", window=0), length)
+            dense = attention_flops(mixer.dense, length)
             attention += dense.main - attention_flops(mixer, length).main
         if mixer.learns_selection and config.computes_selection(layer):
             support = causal_pairs(length) if phase == "warmup" else visible_pairs(mixer, length)
-            kl_gradient += 2 * 2 * mixer.num_kv_heads * mixer.index_dim * support
+            kl_gradient += 2 * 2 * mixer.kv_heads * mixer.index_dim * support
     return ModelFlops(
         projections=3 * forward.projections,
         attention=3 * attention,
@@ -229,7 +253,10 @@ def training_flops_per_token(
 
 def _layer_pairs(config: ArchitectureConfig, layer: int, length: int) -> AttentionFlops:
     return attention_flops(
-        config.attention_of(layer), length, computes_selection=config.computes_selection(layer)
+        config.attention_of(layer),
+        length,
+        computes_selection=config.computes_selection(layer),
+        d_model=config.model.d_model,
     )
 
 
@@ -240,9 +267,9 @@ class ParameterCount:
     Attributes:
       embedding: token embedding.
       head: output head; 0 where it is tied to the embedding.
-      attention: q, k, v and output projections.
+      attention: q, k, v and output projections, or what a mixer has in their place.
       index: index query and key projections.
-      norms: every RMSNorm gain.
+      norms: every RMSNorm gain, and a mixer's other vectors.
       dense_feed_forward: feed-forwards of the layers without experts.
       router: router matrices (the sigmoid router's selection bias is no trained parameter).
       shared_experts: experts that every token visits.
@@ -296,16 +323,14 @@ def parameter_count(config: ArchitectureConfig) -> ParameterCount:
     ]
     moe_layers = sum(config.has_experts(layer) for layer in layers)
     expert = 3 * model.d_model * moe.expert_dim  # gate, up, down
-    gains = sum(2 * model.d_model + 2 * mixer.head_dim * mixer.qk_norm for mixer in mixers)
-    gains += sum(2 * mixer.index_dim * mixer.index_norm for mixer in indexed) + model.d_model
+    mixer_parts = [_mixer_parameters(mixer, model.d_model) for mixer in mixers]
+    gains = sum(2 * model.d_model + part.vectors for part in mixer_parts) + model.d_model
+    gains += sum(2 * mixer.index_dim * mixer.index_norm for mixer in indexed)
     return ParameterCount(
         embedding=model.vocab_size * model.d_model,
         head=0 if model.tie_embeddings else model.vocab_size * model.d_model,
-        attention=sum(
-            2 * model.d_model * (mixer.num_heads + mixer.num_kv_heads) * mixer.head_dim
-            for mixer in mixers
-        ),
-        index=sum(model.d_model * (mixer.num_kv_heads + 1) * mixer.index_dim for mixer in indexed),
+        attention=sum(part.matrices for part in mixer_parts),
+        index=sum(model.d_model * (mixer.kv_heads + 1) * mixer.index_dim for mixer in indexed),
         norms=gains,
         dense_feed_forward=(model.num_layers - moe_layers) * 3 * model.d_model * model.ffn_dim,
         router=moe_layers * model.d_model * moe.num_experts,
@@ -315,36 +340,62 @@ def parameter_count(config: ArchitectureConfig) -> ParameterCount:
     )
 
 
+def _mixer_parameters(mixer: AttentionConfig, d_model: int) -> mixer_cost.MixerParameters:
+    """Of one layer, without its index branch."""
+    if mixer.kind in mixer_cost.KINDS:
+        return mixer_cost.mixer_parameters(mixer, d_model)
+    matrices = 2 * d_model * (mixer.num_heads + mixer.kv_heads) * mixer.head_dim
+    return mixer_cost.MixerParameters(matrices, 2 * mixer.head_dim * mixer.qk_norm)
+
+
 def decode_bytes(
     attention: AttentionConfig,
     length: int,
     *,
     computes_selection: bool = True,
     dtype_bytes: int = 2,
+    d_model: int | None = None,
 ) -> int:
     """Bytes of cache that one layer reads to decode the last of `length` tokens, batch 1.
 
-    Dense attention reads all keys and values; MSA reads every index key and the keys and values of
-    the selected tokens. A group reads only its own KV head, so groups that select different blocks
-    read no more than groups that agree.
+    Keys and values of the tokens that the token sees, and every key that a selection scores: index
+    keys, or for the "oracle" selector the main ones. A group reads only its own KV head, so groups
+    that select different blocks read no more than groups that agree. Latent and recurrent mixers
+    read all that they keep.
 
     Args:
       attention: the layer's mixer.
       length: tokens in the cache, the new one included.
       computes_selection: False for a layer that reuses an earlier selection (`share_every`).
-      dtype_bytes: bytes of one cached number.
+      dtype_bytes: bytes of one cached number; states have 4.
+      d_model: width of the model, which `kind="mamba2"` needs.
+
+    Raises:
+      ValueError: `kind="mamba2"` without `d_model`.
     """
-    row = 2 * attention.num_kv_heads * attention.head_dim
-    scores = attention.learns_selection and computes_selection
-    index = attention.index_dim * length if scores else 0
-    return dtype_bytes * (row * visible_tokens(attention, length) + index)
+    if attention.kind in mixer_cost.KINDS:
+        return mixer_cost.mixer_cache_bytes(attention, length, d_model, dtype_bytes=dtype_bytes)
+    keys = attention.kv_heads * attention.head_dim
+    scored = 0
+    if attention.kind == "msa" and computes_selection:
+        scored = {"learned": attention.index_dim, "oracle": keys}.get(attention.selector, 0)
+    return dtype_bytes * (2 * keys * visible_tokens(attention, length) + scored * length)
 
 
 def kv_cache_bytes(config: ArchitectureConfig, length: int, *, dtype_bytes: int = 2) -> int:
-    """Bytes of keys and values of all layers for one sequence of `length` tokens."""
-    mixers = map(config.attention_of, range(config.model.num_layers))
-    per_token = sum(2 * mixer.num_kv_heads * mixer.head_dim for mixer in mixers)
-    return dtype_bytes * per_token * length
+    """Bytes of keys and values of all layers for one sequence of `length` tokens.
+
+    Every kind keeps all tokens, a sliding window and fixed patterns too: `KVCache` is contiguous.
+    Or of the latents or states that a mixer keeps in their place.
+    """
+
+    def layer_bytes(mixer: AttentionConfig) -> int:
+        if mixer.kind in mixer_cost.KINDS:
+            width = config.model.d_model
+            return mixer_cost.mixer_cache_bytes(mixer, length, width, dtype_bytes=dtype_bytes)
+        return dtype_bytes * 2 * mixer.kv_heads * mixer.head_dim * length
+
+    return sum(layer_bytes(config.attention_of(n)) for n in range(config.model.num_layers))
 
 
 def index_cache_bytes(config: ArchitectureConfig, length: int, *, dtype_bytes: int = 2) -> int:
@@ -429,6 +480,7 @@ def _model_decode_bytes(config: ArchitectureConfig, length: int) -> int:
             config.attention_of(layer),
             length,
             computes_selection=config.computes_selection(layer),
+            d_model=config.model.d_model,
         )
         for layer in range(config.model.num_layers)
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from msa_jax.cache import after_prompts, before_prompts
 from msa_jax.model import Transformer
 
 
@@ -50,10 +51,9 @@ def generate(
 @partial(jax.jit, static_argnames=("max_new_tokens", "temperature", "top_p", "stop"))
 def _generate(model, prompts, prompt_lengths, key, max_new_tokens, temperature, top_p, stop):
     batch, width = prompts.shape
-    cache = model.init_cache(batch, width + max_new_tokens)
+    cache = before_prompts(model.init_cache(batch, width + max_new_tokens), prompt_lengths)
     output = model(prompts, cache=cache)
-    # The slots behind each prompt hold padding: the next tokens go there.
-    cache = _with_length(output.cache, prompt_lengths)
+    cache = after_prompts(output.cache, prompt_lengths)
     last = jnp.take_along_axis(output.logits, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def step(carry, key):
@@ -81,16 +81,6 @@ def sample(
         kept = jnp.where(mass_before < top_p, ordered, jnp.inf)
         logits = jnp.where(logits >= kept.min(-1, keepdims=True), logits, -jnp.inf)
     return jax.random.categorical(key, logits).astype(jnp.int32)
-
-
-def _with_length(cache, length: Int[Array, "B"]):
-    """The cache cut back to `length` tokens per row."""
-
-    def cut(layer):
-        broadcast = jnp.broadcast_to(length, layer.length.shape).astype(layer.length.dtype)
-        return type(layer)(layer.k, layer.v, layer.index_k, broadcast)
-
-    return [tuple(cut(layer) for layer in stage) for stage in cache]
 
 
 def _check(prompts, prompt_lengths, max_new_tokens, temperature, top_p, key) -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention import Mode, build_mixer
-from msa_jax.attention.msa import BLOCK_IDS
+from msa_jax.attention.mixer import BLOCK_IDS
 from msa_jax.config import ArchitectureConfig, AttentionConfig, ConfigError, ModelConfig, Remat
 from msa_jax.nn.embedding import Embedding
 from msa_jax.nn.feed_forward import FeedForward
@@ -62,7 +62,7 @@ def plan_stages(config: ArchitectureConfig) -> tuple[Stage, ...]:
     ]
     stages = []
     while kinds:
-        period = kinds[0].attention.share_every if kinds[0].attention.kind == "msa" else 1
+        period = kinds[0].attention.shared_layers
         pattern, repeats = kinds[:period], 1
         while kinds[repeats * period : (repeats + 1) * period] == pattern:
             repeats += 1

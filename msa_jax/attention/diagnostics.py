@@ -3,9 +3,26 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from msa_jax.attention.mixer import Mode
 from msa_jax.config import AttentionConfig
 from msa_jax.sharding import constrain
 from pallas_kernels import BlockSelection, main_block_mass
+
+
+def selection_reports(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    selection: BlockSelection,
+    config: AttentionConfig,
+    mode: Mode,
+    *,
+    segment_ids: Int[Array, "B S"] | None,
+    query_offset: int | Int[Array, "B"],
+) -> dict[str, Array]:
+    """What `mode` asks a layer to say of its selection: its metrics, its block ids."""
+    place = {"segment_ids": segment_ids, "query_offset": query_offset}
+    reports = selection_metrics(q, k, selection, config, **place) if mode.diagnostics else {}
+    return reports | ({"block_ids": selection.block_ids} if mode.selections else {})
 
 
 def selection_metrics(
@@ -26,7 +43,7 @@ def selection_metrics(
       best K blocks' mass. Best K: by the group's mean attention.
     * `block_recall`: share of the best K blocks that were selected.
     * `coverage`: mass of the selected free blocks as a share of all mass outside the query's own
-      block. Near 0 means the index branch finds nothing.
+      block. Near 0 means that nothing is found beyond it.
     * `selected_mass`: mass of all selected blocks.
     * `union_4`, `union_8`: distinct blocks among 4 and 8 neighbouring queries (K: all the same).
     * `selection_entropy`: of the selected free blocks' ids within a sequence, nats; near 0 means

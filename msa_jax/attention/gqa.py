@@ -1,4 +1,4 @@
-"""Dense attention: grouped-query, and with it multi-head, multi-query and sliding-window."""
+"""Attention without blocks: grouped-query, multi-query, multi-head and sliding-window."""
 
 from typing import Any
 
@@ -15,11 +15,15 @@ from pallas_kernels import dense_attention
 class GQAttention(nnx.Module):
     """Causal softmax attention over everything in the document, or over a sliding window.
 
-    Multi-head attention is `num_kv_heads == num_heads`, multi-query attention `num_kv_heads=1`,
-    sliding-window attention `window > 0`.
+    * `kind="gqa"` (Ainslie et al. 2023, arXiv 2305.13245): `num_heads / num_kv_heads` query heads
+      share a KV head; multi-query attention (Shazeer 2019, arXiv 1911.02150) is `num_kv_heads=1`.
+    * `kind="mha"` (Vaswani et al. 2017, arXiv 1706.03762): a KV head for each query head, whatever
+      `num_kv_heads` says.
+    * `kind="sliding_window"` (Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv
+      2310.06825): a query sees the last `window` tokens, itself included.
 
     Args:
-      config: heads, dims and window; index-branch fields are ignored.
+      config: heads, dims and window; the fields of blocks and index branch are ignored.
       d_model: width of x.
       norm_eps: of the per-head norms.
       dtype: of the matmuls.
@@ -84,5 +88,5 @@ class GQAttention(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """See `Mixer`."""
-        heads = (self.config.num_kv_heads, self.config.head_dim)
+        heads = (self.config.kv_heads, self.config.head_dim)
         return KVCache.empty(batch, max_length, *heads, index_dim=None, dtype=self.dtype)

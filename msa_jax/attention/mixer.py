@@ -5,7 +5,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from msa_jax.cache import KVCache
+from msa_jax.cache import Cache
+
+# What a policy of rematerialisation calls a selection.
+BLOCK_IDS = "block_ids"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Mode:
 
     Attributes:
       phase: "warmup" attends densely and aligns the index branch over the whole causal prefix,
-        "sparse" attends to the selected blocks. Dense mixers are the same in both.
+        "sparse" attends to the selected blocks. Only MSA tells the two apart.
       losses: compute the auxiliary losses, which evaluation and decoding do without.
       diagnostics: compute the selection metrics, at the cost of a dense pass.
       selections: report the block ids themselves, as `aux["block_ids"]` [B, Hkv, T, K].
@@ -37,7 +40,7 @@ class MixerOutput(NamedTuple):
     """
 
     y: Float[Array, "B T M"]
-    cache: KVCache | None
+    cache: Cache | None
     shared: Any
     aux: dict[str, Array]
 
@@ -52,7 +55,7 @@ class Mixer(Protocol):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: Any = None,
         shared: Any = None,
         mode: Mode = Mode(),
     ) -> MixerOutput:
@@ -63,12 +66,12 @@ class Mixer(Protocol):
           positions: place of each token in its document; by default counted from the cached ones.
           segment_ids: document of each token, 0 for padding; None for one document per row.
             Not together with a cache.
-          cache: tokens seen before, one document per row.
+          cache: tokens seen before, one document per row; from this mixer's `init_cache`.
           shared: `MixerOutput.shared` of the layer below.
           mode: see `Mode`.
         """
         ...
 
-    def init_cache(self, batch: int, max_length: int) -> KVCache:
+    def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `max_length` tokens per row."""
         ...

@@ -6,8 +6,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from msa_jax.attention.diagnostics import selection_metrics
-from msa_jax.attention.mixer import MixerOutput, Mode
+from msa_jax.attention.diagnostics import selection_reports
+from msa_jax.attention.mixer import BLOCK_IDS, MixerOutput, Mode
+from msa_jax.attention.pattern import fixed_selection
 from msa_jax.attention.projections import Projections, default_positions, refuse_packed_cache
 from msa_jax.cache import KVCache
 from msa_jax.config import AttentionConfig
@@ -20,12 +21,8 @@ from pallas_kernels import (
     dense_attention,
     index_kl,
     select_blocks,
-    select_pattern,
     sparse_attention,
 )
-
-# What a policy of rematerialisation calls the selection.
-BLOCK_IDS = "block_ids"
 
 
 class IndexBranch(nnx.Module):
@@ -51,7 +48,7 @@ class IndexBranch(nnx.Module):
         rngs: nnx.Rngs,
     ):
         inward = {"fan_in": d_model, "dtype": param_dtype}
-        query_shape = (d_model, config.num_kv_heads, config.index_dim)
+        query_shape = (d_model, config.kv_heads, config.index_dim)
         self.q = matrix(rngs, query_shape, ("embed", "heads", None), **inward)
         self.k = matrix(rngs, (d_model, config.index_dim), ("embed", None), **inward)
         norm = {"eps": norm_eps, "param_dtype": param_dtype}
@@ -173,10 +170,7 @@ class MSAttention(nnx.Module):
                 **place,
             ).loss
         if selection is not None and self.computes_selection:
-            if mode.diagnostics:
-                aux |= selection_metrics(q, k, selection, self.config, **place)
-            if mode.selections:
-                aux["block_ids"] = selection.block_ids
+            aux |= selection_reports(q, k, selection, self.config, mode, **place)
         return MixerOutput(y.astype(x.dtype), cache, selection, aux)
 
     def _select(self, q, k, index_q, index_k, shared, implementation, **place) -> BlockSelection:
@@ -189,21 +183,18 @@ class MSAttention(nnx.Module):
                     "the layer below; pass its MixerOutput.shared"
                 )
             return shared
-        options = {
-            "block_size": config.block_size,
-            "top_k": config.top_k,
-            "num_local_blocks": config.num_local_blocks,
-            "num_sink_blocks": config.num_sink_blocks,
-        }
         if config.selector != "learned":
-            return select_pattern(config.selector, q, k, **options, **place)
+            return fixed_selection(q, k, config, **place)
         selection = select_blocks(
             index_q,
             index_k,
+            block_size=config.block_size,
+            top_k=config.top_k,
+            num_local_blocks=config.num_local_blocks,
+            num_sink_blocks=config.num_sink_blocks,
             pooling=config.pooling,
             index_precision=config.index_precision,
             implementation=implementation,
-            **options,
             **place,
         )
         ids = checkpoint_name(selection.block_ids, BLOCK_IDS)
@@ -211,7 +202,7 @@ class MSAttention(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """See `Mixer`; holds index keys too where this layer has an index branch."""
-        heads = (self.config.num_kv_heads, self.config.head_dim)
+        heads = (self.config.kv_heads, self.config.head_dim)
         index_dim = None if self.index is None else self.config.index_dim
         return KVCache.empty(batch, max_length, *heads, index_dim=index_dim, dtype=self.dtype)
 

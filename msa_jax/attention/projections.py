@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from msa_jax.cache import KVCache
+from msa_jax.cache import Cache
 from msa_jax.config import AttentionConfig
 from msa_jax.nn.norm import RMSNorm
 from msa_jax.nn.param import matrix
@@ -38,7 +38,7 @@ class Projections(nnx.Module):
     ):
         inward = {"fan_in": d_model, "dtype": param_dtype}
         query_shape = (d_model, config.num_heads, config.head_dim)
-        key_shape = (d_model, config.num_kv_heads, config.head_dim)
+        key_shape = (d_model, config.kv_heads, config.head_dim)
         axes = ("embed", "heads", None)
         self.q = matrix(rngs, query_shape, axes, **inward)
         self.k = matrix(rngs, key_shape, axes, **inward)
@@ -76,7 +76,7 @@ class Projections(nnx.Module):
 
 
 def default_positions(
-    x: Float[Array, "B T M"], positions: Int[Array, "B T"] | None, cache: KVCache | None
+    x: Float[Array, "B T M"], positions: Int[Array, "B T"] | None, cache: Cache | None
 ) -> Int[Array, "B T"]:
     """The given positions, or a count that goes on from the cached tokens."""
     if positions is not None:
@@ -86,7 +86,7 @@ def default_positions(
     return start[:, None] + count
 
 
-def refuse_packed_cache(segment_ids: Array | None, cache: KVCache | None) -> None:
+def refuse_packed_cache(segment_ids: Array | None, cache: Cache | None) -> None:
     """Raises ValueError where both are given: a cache holds one document per row."""
     if segment_ids is not None and cache is not None:
         raise ValueError(

@@ -56,9 +56,9 @@ def evaluate(
         )
     )
     evaluation = _score(config, state, mesh, batches, tokenizer)
-    if config.attention.kind == "msa":
+    layers = [n for n in range(config.model.num_layers) if config.computes_selection(n)]
+    if layers:
         block_ids, row = _select_one_row(config, state, mesh, batches)
-        layers = [n for n in range(config.model.num_layers) if config.computes_selection(n)]
         np.savez_compressed(
             folder / "selection.npz",
             layers=np.array(layers),

@@ -29,11 +29,12 @@ def all_figures(runs: Sequence[Run], cost_config: ArchitectureConfig) -> Figures
     for run in runs:
         for layer, figure in selection_figures(run).items():
             found[f"selection_{run.label}_layer_{layer}"] = figure
-    return {name.lower().replace("/", "_"): figure for name, figure in found.items()}
+    names = str.maketrans("/ ", "__")
+    return {name.lower().translate(names): figure for name, figure in found.items()}
 
 
 def training_figures(runs: Sequence[Run]) -> Figures:
-    """Losses of all runs, the gap to the last one, and each MSA run's recall and KL."""
+    """Losses of all runs, the gap to the last one, and the recall and KL of those that select."""
     curves = {
         run.label: figures.LossCurve(*series(run.train, "loss"), *series(run.validation, "loss"))
         for run in runs
@@ -61,11 +62,11 @@ def training_figures(runs: Sequence[Run]) -> Figures:
                 "is better.",
             )
     for run in runs:
-        found |= _index_branch_figures(run)
+        found |= _recall_and_kl_figures(run)
     return found
 
 
-def _index_branch_figures(run: Run) -> Figures:
+def _recall_and_kl_figures(run: Run) -> Figures:
     found = {}
     recalls = {name: series(run.validation, name) for name in RECALLS}
     recalls = {name: pair for name, pair in recalls.items() if len(pair[0])}
@@ -74,10 +75,10 @@ def _index_branch_figures(run: Run) -> Figures:
         values = {name: pair[1] for name, pair in recalls.items()}
         found[f"recall_{run.label}"] = CaptionedFigure(
             figures.recall(steps, values, RECALLS),
-            f"{run.label}: how much of the main branch's own choice the index branch finds, on "
-            f"validation text. Of the {run.config.attention.top_k} blocks with the most attention "
-            "mass, score recall is the share of the mass that was selected, block recall the share "
-            "of the blocks. Line: mean over layers; band: from the lowest to the highest layer.",
+            f"{run.label}: how much of the main branch's own choice is selected, on validation "
+            f"text. Of the {run.config.attention.top_k} blocks with the most attention mass, score "
+            "recall is the share of the mass that was selected, block recall the share of the "
+            "blocks. Line: mean over layers; band: from the lowest to the highest layer.",
         )
     steps, values = series(run.train, "index_kl")
     if len(steps):

@@ -5,7 +5,7 @@
 | `manifest.json` | `{"starts": [...]}`, see `msa_jax.train.manifest` |
 | `metrics.jsonl` | records of the splits "train" and "validation", see `msa_jax.train.metrics` |
 | `evaluation.json` | the final evaluation, see `Evaluation` |
-| `selection.npz` | for MSA: block ids on one real validation sequence, see `Selection` |
+| `selection.npz` | block ids on one real validation sequence, see `Selection` |
 """
 
 import dataclasses
@@ -24,6 +24,19 @@ from msa_jax.train.config import ExperimentConfig, from_config_dict
 from msa_jax.train.metrics import metrics_path, read_metrics
 
 Records = list[dict[str, Any]]
+
+# What the report calls a run, by its `attention.kind`.
+LABELS = {
+    "msa": "MSA",
+    "gqa": "GQA",
+    "mha": "MHA",
+    "sliding_window": "Sliding window",
+    "longformer": "Longformer",
+    "bigbird": "BigBird",
+    "mla": "MLA",
+    "linear": "Gated DeltaNet",
+    "mamba2": "Mamba-2",
+}
 
 
 class RunFileError(ValueError):
@@ -134,7 +147,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if any(config.computes_selection(layer) for layer in range(config.model.num_layers)):
         selection = _read_selection(folder / "selection.npz", config, evaluation)
     return Run(
-        label={"msa": "MSA", "gqa": "GQA"}[config.attention.kind],
+        label=_label(config),
         path=folder,
         config=config,
         manifest=starts[-1],
@@ -144,6 +157,13 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         evaluation=evaluation,
         selection=selection,
     )
+
+
+def _label(config: ArchitectureConfig) -> str:
+    """The kind, and for MSA the selector if it is a fixed one."""
+    attention = config.attention
+    fixed = attention.kind == "msa" and attention.selector != "learned"
+    return LABELS[attention.kind] + (f" {attention.selector}" if fixed else "")
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -157,12 +177,13 @@ def reporting_layers(config: ArchitectureConfig, count: int, path: pathlib.Path)
     """The numbers of the `count` layers that a per-layer selection metric stands for."""
     layers = range(config.model.num_layers)
     computing = [layer for layer in layers if config.computes_selection(layer)]
-    sparse = [layer for layer in layers if config.attention_of(layer).kind == "msa"]
+    sparse = [layer for layer in layers if config.attention_of(layer).selects_blocks]
     for candidates in (computing, sparse):
         if len(candidates) == count:
             return candidates
     raise RunFileError(
-        f"{path}: a per-layer metric has {count} values, the config has {len(sparse)} MSA layers"
+        f"{path}: a per-layer metric has {count} values, in the config {len(sparse)} layers select "
+        "blocks"
     )
 
 
@@ -234,7 +255,7 @@ def _read_selection(
         raise RunFileError(f"{path}: cannot be read, perhaps cut short ({error})") from error
     attention, block_ids = config.attention, found["block_ids"]
     length = len(found["segment_ids"])
-    expected = (len(found["layers"]), attention.num_kv_heads, length)
+    expected = (len(found["layers"]), attention.kv_heads, length)
     if block_ids.ndim != 4 or block_ids.shape[:3] != expected:
         raise RunFileError(
             f"{path}: block_ids has shape {block_ids.shape}, but layers, config and segment_ids "

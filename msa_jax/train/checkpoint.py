@@ -25,6 +25,8 @@ FREE_FIELDS = frozenset(
         "model.scan_layers",
         "model.remat",
         "attention.implementation",
+        "attention.linear.chunk_size",
+        "attention.mamba2.chunk_size",
         "moe.balance_weight",
         "moe.bias_update_rate",
     }
@@ -278,10 +280,14 @@ def _read_arrays(
     return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
 
-def _fields(config: ExperimentConfig, section: str) -> Iterator[tuple[str, object]]:
+def _fields(config: Any, section: str, path: str = "") -> Iterator[tuple[str, object]]:
+    """The fields of a section by their whole names, those of sections inside it among them."""
     values = getattr(config, section)
     for field in dataclasses.fields(values):
-        yield f"{section}.{field.name}", getattr(values, field.name)
+        if dataclasses.is_dataclass(getattr(values, field.name)):
+            yield from _fields(values, field.name, f"{path}{section}.")
+        else:
+            yield f"{path}{section}.{field.name}", getattr(values, field.name)
 
 
 def _check_arrays(

@@ -276,7 +276,8 @@ def from_config_dict[T](
         name = f"{path}{key}"
         if key not in hints:
             known = ", ".join(sorted(hints))
-            raise ConfigError(f"{name}: no such field; {path or 'the config '}has {known}")
+            section = path.rstrip(".") or "the config"
+            raise ConfigError(f"{name}: no such field; {section} has {known}")
         if dataclasses.is_dataclass(hints[key]):
             section = isinstance(value, Mapping | ml_collections.ConfigDict)
             require(section, name, value, "must be a section with fields")

@@ -26,11 +26,12 @@ from msa_jax.train.checkpoint import (
 from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.state import TrainState, abstract_model, abstract_state
 
-# What a dense model ignores. Its checkpoint may say anything here.
+# What the parameters of a dense model do not depend on. Its checkpoint may say anything here.
 INDEX_FIELDS = frozenset(
     {
         "model.num_full_attention_layers",
         "attention.kind",
+        "attention.window",
         "attention.block_size",
         "attention.top_k",
         "attention.index_dim",
@@ -38,6 +39,7 @@ INDEX_FIELDS = frozenset(
         "attention.index_rope",
         "attention.num_local_blocks",
         "attention.num_sink_blocks",
+        "attention.num_random_blocks",
         "attention.pooling",
         "attention.index_precision",
         "attention.selector",

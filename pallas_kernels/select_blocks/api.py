@@ -144,9 +144,11 @@ def select_pattern(
     """Selects blocks without an index branch, for baselines and analysis.
 
     Args:
-      pattern: "sliding_window" keeps the nearest blocks, "strided" spreads them evenly over the
-        document's past, "random" draws them per query and group (the same in every call), "oracle"
-        keeps those with the most dense main-branch attention, at the cost of a dense pass.
+      pattern: how the blocks that are not forced are chosen. "sink_window" keeps the nearest, so
+        that the first `num_sink_blocks` and a window remain; "strided" spreads them evenly over the
+        document's past; "random" draws them per query and group, "random_per_block" per block of
+        queries and group, both the same in every call; "oracle" keeps those with the most dense
+        main-branch attention, at the cost of a dense pass.
       q: main queries; patterns other than the oracle read their shape alone.
       k: main keys.
       block_size: Bk, tokens per block.

@@ -1,8 +1,10 @@
 """Selections that no index branch makes: fixed patterns and the oracle, for sweeps and analysis.
 
-They differ from learned selection in the block scores alone: visibility, forced blocks and top-k
-are the same code. A pattern is a function of the query's place in its document, so cached decoding
-and packing give the same selection as the document alone.
+Most differ from learned selection in the block scores alone: visibility, forced blocks and top-k
+are the same code. What the queries of a block have in common, `BY_BLOCK`, needs no scores, and is
+written down at a cost that does not grow with the number of keys. A pattern is a function of the
+query's place in its document, so cached decoding and packing give the same selection as the
+document alone.
 """
 
 import jax
@@ -10,9 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.select_blocks.reference import choose_blocks, forced_blocks, main_block_mass
-from pallas_kernels.visibility import document_starts, map_query_chunks
+from pallas_kernels.visibility import (
+    document_starts,
+    map_query_chunks,
+    query_slots,
+    segments_at,
+)
 
-PATTERNS = ("strided", "random", "sliding_window", "oracle")
+BY_BLOCK = ("random_per_block", "sink_window")
+PATTERNS = ("strided", "random", *BY_BLOCK, "oracle")
 
 
 def select_pattern(
@@ -29,7 +37,13 @@ def select_pattern(
     num_sink_blocks: int,
     scale: float,
 ) -> Int[Array, "B Hkv T K"]:
-    """Block ids of one of `PATTERNS`; `groups` numbers the KV groups for "random"."""
+    """Block ids of one of `PATTERNS`; `groups` numbers the KV groups for the random ones."""
+    if pattern in BY_BLOCK:
+        window = num_local_blocks if pattern == "random_per_block" else top_k - num_sink_blocks
+        slots = query_slots(q.shape[0], q.shape[1], query_offset)
+        return _sinks_draws_and_window(
+            slots, segment_ids, groups, block_size, top_k, num_sink_blocks, window
+        )
     mass = None
     if pattern == "oracle":
         mass = main_block_mass(q, k, segment_ids, query_offset, block_size=block_size, scale=scale)
@@ -75,16 +89,11 @@ def _pattern_scores(
     top_k: int,
 ) -> Float[Array, "B Hkv T N"]:
     """Scores whose top-k is the pattern; blocks and queries count from the document's start."""
-    if segment_ids is None:
-        starts = jnp.zeros_like(slots)
-    else:
-        starts = jnp.take_along_axis(document_starts(segment_ids), slots, axis=1, mode="clip")
+    starts = _starts(slots, segment_ids)
     query = (slots - starts)[:, None, :, None]
     block = jnp.arange(num_blocks) - (starts // block_size)[:, None, :, None]
     own = query // block_size
-    if pattern == "sliding_window":
-        scores = block
-    elif pattern == "strided":
+    if pattern == "strided":
         # Blocks 0..own fall into top_k equal strides; the first of each leads, then the nearest.
         stride, previous = (block * top_k) // (own + 1), ((block - 1) * top_k) // (own + 1)
         scores = jnp.where(stride != previous, block + num_blocks, block)
@@ -94,6 +103,58 @@ def _pattern_scores(
         raise ValueError(f"pattern={pattern!r}: choose one of {', '.join(PATTERNS)}")
     shape = (len(slots), len(groups), slots.shape[1], num_blocks)
     return jnp.broadcast_to(scores.astype(jnp.float32), shape)
+
+
+def _sinks_draws_and_window(
+    slots: Int[Array, "B T"],
+    segment_ids: Int[Array, "B S"] | None,
+    groups: Int[Array, "Hkv"],
+    block_size: int,
+    top_k: int,
+    num_sinks: int,
+    window: int,
+) -> Int[Array, "B Hkv T K"]:
+    """The first blocks of the document, random ones, the last `window`: K together."""
+    first = (_starts(slots, segment_ids) // block_size)[:, None, :, None]
+    own = slots[:, None, :, None] // block_size - first
+    place = jnp.arange(top_k, dtype=jnp.int32)
+    ids = jnp.where(place < num_sinks, place, own - (top_k - 1) + place)
+    ids = jnp.broadcast_to(ids, (len(slots), len(groups), slots.shape[1], top_k))
+    num_draws = top_k - num_sinks - window
+    if num_draws:
+        free = own + 1 - num_sinks - window
+        drawn = num_sinks + _distinct_draws(own, groups[:, None, None], free, num_draws)
+        ids = ids.at[..., num_sinks : num_sinks + num_draws].set(drawn)
+    ids = jnp.where(own < top_k, place, ids)  # nothing to choose from yet
+    real = (segments_at(segment_ids, slots) > 0)[:, None, :, None]
+    return jnp.where((ids <= own) & real, ids + first, -1)
+
+
+def _distinct_draws(
+    own: Int[Array, "B 1 T 1"],
+    group: Int[Array, "Hkv 1 1"],
+    size: Int[Array, "B 1 T 1"],
+    count: int,
+) -> Int[Array, "B Hkv T count"]:
+    """`count` of the numbers 0 to size - 1, ascending, all subsets equally likely (R. Floyd).
+
+    Bentley and Floyd, "A sample of brilliance", Communications of the ACM 30(9), 1987.
+    """
+    batch, _, num_queries, _ = own.shape
+    drawn = jnp.zeros((batch, len(group), num_queries, 0), jnp.int32)
+    for turn in range(count):
+        last = size - count + turn
+        draw = (_hash(own, jnp.int32(turn), group) * (last + 1)).astype(jnp.int32)
+        taken = (drawn == draw).any(-1, keepdims=True)
+        drawn = jnp.concatenate([drawn, jnp.where(taken, last, draw)], axis=-1)
+    return jnp.sort(drawn, axis=-1)
+
+
+def _starts(slots: Int[Array, "B T"], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B T"]:
+    """The slot at which each query's document begins."""
+    if segment_ids is None:
+        return jnp.zeros_like(slots)
+    return jnp.take_along_axis(document_starts(segment_ids), slots, axis=1, mode="clip")
 
 
 def _hash(*words: Int[Array, "..."]) -> Float[Array, "..."]:

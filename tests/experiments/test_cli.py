@@ -59,6 +59,7 @@ def test_flags_and_config_fields_of_every_type_arrive(config_file):
         "--config.attention.top_k=8",
         "--config.optimizer.learning_rate=1",
         "--config.attention.qk_norm=false",
+        "--config.attention.mla.latent_dim=24",
         "--config.train.debug_nans",
         "--noconfig.attention.index_norm",
         "--config.data.source",
@@ -72,6 +73,7 @@ def test_flags_and_config_fields_of_every_type_arrive(config_file):
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
     assert not config.attention.qk_norm
+    assert config.attention.mla.latent_dim == 24
     assert not config.attention.index_norm
     assert config.train.debug_nans
     assert config.data.source == "retrieval"
@@ -108,6 +110,9 @@ def test_calls_do_not_share_flags(config_file):
         (["--noconfig.train.debug_nan"], ["did you mean --config.train.debug_nans?"]),
         (["--config.qqqq=8"], ["no such field", "msa_jax/train/config.py"]),
         (["--config.attention=8"], ["it is a section"]),
+        (["--config.attention.mla=8"], ["it is a section", "--config.attention.mla.latent_dim"]),
+        (["--config.attention.mla.latentdim=8"], ["--config.attention.mla.latent_dim?"]),
+        (["--config.attention.mla.latent_dim=0"], ["attention.mla.latent_dim=0: must be >= 1"]),
         (["--config.attention.top_k=many"], ["config.attention.top_k=many", "int"]),
         (["--config.attention.top_k=1.5"], ["config.attention.top_k=1.5", "int"]),
         (["--config.train.debug_nans=7"], ["config.train.debug_nans=7", "boolean"]),

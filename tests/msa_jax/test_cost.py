@@ -1,7 +1,10 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from msa_jax import cost
 from msa_jax.config import (
@@ -11,9 +14,11 @@ from msa_jax.config import (
     MoEConfig,
     dense_twin,
 )
+from msa_jax.model import Transformer
 
 PAPER = AttentionConfig()  # 64/4/128, Bk 128, K 16, Di 128
 PAPER_DENSE = AttentionConfig(kind="gqa")
+PAPER_WINDOW = AttentionConfig(kind="sliding_window", window=512)
 SMALL = AttentionConfig(
     num_heads=6, num_kv_heads=2, head_dim=5, rope_dim=4, block_size=4, top_k=3, index_dim=8
 )
@@ -31,16 +36,36 @@ SMALL_MODEL = ArchitectureConfig(
 )
 
 
+BIGBIRD = dataclasses.replace(
+    SMALL, kind="bigbird", top_k=5, num_sink_blocks=1, num_random_blocks=2
+)
+# With the fields that the kind asks for.
+BASELINES = {
+    "gqa": dataclasses.replace(SMALL, kind="gqa"),
+    "mha": dataclasses.replace(SMALL, kind="mha"),
+    "sliding_window": dataclasses.replace(SMALL, kind="sliding_window", window=9),
+    "longformer": dataclasses.replace(SMALL, kind="longformer", num_sink_blocks=1),
+    "bigbird": BIGBIRD,
+}
+
+
 def brute_force_mask(attention: AttentionConfig, length: int, rng) -> np.ndarray:
-    """A [N, N] token mask built block by block, with a random choice of earlier blocks."""
+    """A [N, N] token mask built block by block; what is learned or random is drawn."""
     mask = np.zeros((length, length), bool)
     for query in range(length):
-        if attention.kind == "gqa":
+        if attention.kind in ("gqa", "mha", "sliding_window"):
             first = max(0, query - attention.window + 1) if attention.window else 0
             mask[query, first : query + 1] = True
             continue
         own = query // attention.block_size
-        earlier = rng.permutation(own)[: attention.top_k - 1]
+        sinks = [block for block in range(own) if block < attention.num_sink_blocks]
+        if attention.kind == "msa":
+            earlier = rng.permutation(own)[: attention.top_k - 1]
+        else:
+            near = attention.top_k - attention.num_sink_blocks - attention.num_random_blocks
+            window = [block for block in range(own) if own - block < near]
+            others = rng.permutation([n for n in range(own) if n not in sinks + window])
+            earlier = {*sinks, *window, *others[: attention.num_random_blocks].astype(int)}
         for block in [*earlier, own]:
             tokens = np.arange(attention.block_size) + block * attention.block_size
             mask[query, tokens[tokens <= query]] = True
@@ -56,10 +81,24 @@ def brute_force_mask(attention: AttentionConfig, length: int, rng) -> np.ndarray
         dataclasses.replace(SMALL, block_size=1, top_k=5),
         dataclasses.replace(SMALL, num_local_blocks=2, num_sink_blocks=1),
         dataclasses.replace(SMALL, kind="gqa"),
-        dataclasses.replace(SMALL, kind="gqa", window=1),
-        dataclasses.replace(SMALL, kind="gqa", window=9),
+        dataclasses.replace(SMALL, kind="mha"),
+        dataclasses.replace(SMALL, kind="sliding_window", window=1),
+        dataclasses.replace(SMALL, kind="sliding_window", window=9),
+        dataclasses.replace(SMALL, kind="longformer", num_sink_blocks=1),
+        BIGBIRD,
     ],
-    ids=["msa", "local_only", "block_1", "forced_blocks", "gqa", "window_1", "window_9"],
+    ids=[
+        "msa",
+        "local_only",
+        "block_1",
+        "forced_blocks",
+        "gqa",
+        "mha",
+        "window_1",
+        "window_9",
+        "longformer",
+        "bigbird",
+    ],
 )
 def test_exact_counts_equal_a_count_over_masks(attention, length):
     mask = brute_force_mask(attention, length, np.random.default_rng(length))
@@ -98,9 +137,15 @@ def test_headline_ratio_and_break_even():
     assert round(100 * even.index_share) == 3
 
 
-def test_eq12_refuses_a_sliding_window():
-    with pytest.raises(ValueError, match=r"attention\.window=64: Eq\. 12 has no sliding window"):
-        cost.eq12_flops(AttentionConfig(kind="gqa", window=64), 1024)
+@pytest.mark.parametrize("kind", ["sliding_window", "longformer", "bigbird"])
+def test_eq12_refuses_what_it_does_not_cover(kind):
+    with pytest.raises(ValueError, match=rf"attention\.kind='{kind}': Eq\. 12 is about MSA and"):
+        cost.eq12_flops(BASELINES[kind], 1024)
+
+
+def test_eq12_of_multi_head_attention_is_that_of_its_query_heads():
+    mha = AttentionConfig(kind="mha")
+    assert cost.eq12_flops(mha, 1024) == cost.eq12_flops(PAPER_DENSE, 1024)
 
 
 def test_exact_count_approaches_eq12_at_long_context():
@@ -176,11 +221,14 @@ def test_shared_selections_score_once_per_group_of_layers():
 
 
 @pytest.mark.parametrize(
-    ("selector", "per_pair"), [("learned", 32), ("oracle", 60), ("random", 0), ("strided", 0)]
+    ("selector", "per_pair", "per_key"),
+    [("learned", 32, 8), ("oracle", 60, 10), ("random", 0, 0), ("strided", 0, 0)],
 )
-def test_only_scoring_selectors_pay_for_scores(selector, per_pair):
+def test_only_scoring_selectors_pay_for_scores(selector, per_pair, per_key):
     attention = dataclasses.replace(SMALL, selector=selector)
     assert cost.attention_flops(attention, 40).index == per_pair * cost.causal_pairs(40)
+    attended = 2 * 2 * 10 * 12  # keys and values of 12 tokens, 2 bytes each
+    assert cost.decode_bytes(attention, 40) == attended + 2 * per_key * 40
 
 
 def test_training_a_dense_model_is_three_forwards():
@@ -232,9 +280,44 @@ def test_decode_reads_the_published_bytes(length, ratio):
 
 
 def test_decode_reads_only_the_window():
-    window = AttentionConfig(kind="gqa", window=512)
-    assert cost.decode_bytes(window, 100) == 2048 * 100
-    assert cost.decode_bytes(window, 10_000) == 2048 * 512
+    assert cost.decode_bytes(PAPER_WINDOW, 100) == 2048 * 100
+    assert cost.decode_bytes(PAPER_WINDOW, 10_000) == 2048 * 512
+
+
+def test_decode_reads_every_kv_head_of_multi_head_attention():
+    assert cost.decode_bytes(AttentionConfig(kind="mha"), 100) == 16 * 2048 * 100
+
+
+def test_decode_reads_the_blocks_of_a_pattern():
+    """The last of 40 tokens ends block 9: 5 blocks of 4 tokens, 2 groups of 5 dims, no index."""
+    assert cost.decode_bytes(BIGBIRD, 40) == 2 * 2 * 10 * 5 * 4
+    assert cost.decode_bytes(BIGBIRD, 38) == 2 * 2 * 10 * (4 * 4 + 2)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_parameters_and_caches_are_those_that_are_built(kind):
+    config = dataclasses.replace(SMALL_MODEL, attention=BASELINES[kind])
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    assert cost.parameter_count(config).total == sum(sizes)
+    caches = model.init_cache(1, 40)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(caches) if leaf.dtype != jnp.int32)
+    assert cost.kv_cache_bytes(config, 40) == 2 * entries
+    assert cost.index_cache_bytes(config, 40) == 0
+    kv_heads = 6 if kind == "mha" else 2
+    assert cost.kv_cache_bytes(config, 40) == 2 * (3 * 2 * kv_heads * 5 + 2 * kv_heads * 5) * 40
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_training_a_baseline_is_three_forwards_in_every_phase(kind):
+    config = dataclasses.replace(SMALL_MODEL, attention=BASELINES[kind])
+    forward = cost.model_flops(config, 40)
+    for phase in ("sparse", "warmup"):
+        assert cost.training_flops(config, 40, phase=phase).total == 3 * forward.total
+    assert forward.index_scores == forward.index_projections == 0
+    own, dense = cost.training_flops_per_token(config, 40)
+    assert (own == dense) == (kind in ("gqa", "mha"))
+    assert own <= dense
 
 
 def test_caches():

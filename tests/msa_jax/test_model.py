@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from msa_jax.attention import Mode
-from msa_jax.attention.msa import BLOCK_IDS
+from msa_jax.attention.mixer import BLOCK_IDS
 from msa_jax.config import (
     ArchitectureConfig,
     AttentionConfig,

@@ -72,7 +72,8 @@ OPS = {
     "select_blocks, lse": functools.partial(select, pooling="lse", num_sink_blocks=1),
     "strided": functools.partial(select_by, "strided"),
     "random": functools.partial(select_by, "random", num_sink_blocks=1),
-    "sliding_window": functools.partial(select_by, "sliding_window"),
+    "random_per_block": functools.partial(select_by, "random_per_block", num_sink_blocks=1),
+    "sink_window": functools.partial(select_by, "sink_window"),
     "oracle": functools.partial(select_by, "oracle"),
     "sparse_attention": attend_sparsely,
     "dense_attention": attend_densely,
@@ -82,7 +83,7 @@ OPS = {
 }
 IDS = tuple(op for op in OPS if "attention" not in op and "kl" not in op)
 IMPLEMENTED = ("select_blocks", "sparse_attention", "dense_attention", "index_kl, selected")
-READS_NO_VALUES = ("strided", "random", "sliding_window")
+READS_NO_VALUES = ("strided", "random", "random_per_block", "sink_window")
 
 
 def inputs(dtype, seed=0):

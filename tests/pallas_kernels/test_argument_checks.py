@@ -151,7 +151,8 @@ def test_names():
     message = refusal("select_blocks", index_precision="int4")
     assert "index_precision='int4': choose one of native, int8" in message
     message = refusal("select_pattern", pattern="bigbird")
-    assert "pattern='bigbird': choose one of strided, random, sliding_window, oracle" in message
+    choices = "strided, random, random_per_block, sink_window, oracle"
+    assert f"pattern='bigbird': choose one of {choices}" in message
 
 
 def test_window():

@@ -19,6 +19,7 @@ BATCH_AXES = ("data", "fsdp")
 SHARDED = (
     "select_blocks",
     "random",
+    "random_per_block",
     "oracle",
     "sparse_attention",
     "dense_attention, window",

@@ -36,7 +36,6 @@ QUERY_BYTES = {
     "select_blocks": INDEX_BYTES,
     "strided": PATTERN_BYTES,
     "random": PATTERN_BYTES,
-    "sliding_window": PATTERN_BYTES,
     "oracle": PATTERN_BYTES,
 }
 

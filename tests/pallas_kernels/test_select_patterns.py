@@ -24,6 +24,7 @@ from op_cases import (
 )
 
 from pallas_kernels import main_block_mass, select_pattern
+from pallas_kernels.select_blocks import patterns
 
 # Shapes alone matter to the patterns: one token per block makes long contexts cheap.
 LONG, LONG_TOP_K = 96, 6
@@ -60,8 +61,8 @@ def test_main_block_mass(layout, double_precision):
     assert (rows == 0).any() == (layout is not ONE_DOCUMENT)
 
 
-def test_sliding_window_keeps_the_nearest_blocks():
-    for t, ids in enumerate(select_of_long("sliding_window")[0, 0].tolist()):
+def test_sink_window_keeps_the_nearest_blocks():
+    for t, ids in enumerate(select_of_long("sink_window")[0, 0].tolist()):
         nearest = [b for b in range(t - LONG_TOP_K + 1, t + 1) if b >= 0]
         assert ids == nearest + [-1] * (LONG_TOP_K - len(nearest))
 
@@ -96,8 +97,31 @@ def test_random_draws_per_query_and_group_and_the_same_in_every_call():
     assert len(sets) > 0.9 * late.shape[0] * late.shape[1], "queries draw alike"
 
 
-def test_random_draws_uniformly_from_the_past():
-    ids = np.asarray(select_of_long("random"))[0]
+def test_random_per_block_draws_once_for_the_queries_of_a_block():
+    block, num_groups = 4, 3
+    q = jnp.zeros((1, 4 * LONG, num_groups, 1))
+    sizes = {"block_size": block, "top_k": LONG_TOP_K, "num_local_blocks": 2, "num_sink_blocks": 1}
+
+    def draw(pattern):
+        ids = compiled(lambda q: select_pattern(pattern, q, q, **sizes).block_ids)(q)
+        return np.asarray(ids).reshape(num_groups, LONG, block, LONG_TOP_K)
+
+    ids = draw("random_per_block")
+    assert (ids == ids[:, :, :1]).all()
+    assert (draw("random") != ids).any(-1).mean() > 0.5
+    late = ids[:, LONG // 2 :, 0]
+    assert (late[:, :, [0, -2, -1]] == [[0, n - 1, n] for n in range(LONG // 2, LONG)]).all()
+    free = late[:, :, 1:-2]
+    assert (np.diff(free) > 0).all()
+    assert len({tuple(row) for row in free.reshape(-1, 3)}) > 0.9 * free[..., 0].size
+    assert (free[0] != free[1]).any(-1).mean() > 0.9, "groups draw alike"
+    # A model that was trained with these blocks must find them again.
+    assert free[:, -1].tolist() == [[65, 79, 91], [38, 56, 59], [31, 60, 69]]
+
+
+@pytest.mark.parametrize("pattern", ["random", "random_per_block"])
+def test_random_draws_uniformly_from_the_past(pattern):
+    ids = np.asarray(select_of_long(pattern))[0]
     place = np.concatenate(
         [ids[r, t, :-1] / t for r in range(NUM_KV_HEADS) for t in range(LONG // 4, LONG)]
     )
@@ -137,7 +161,7 @@ def test_oracle_of_nan_attention_keeps_the_forced_blocks():
     assert ids[0, 0, -1].tolist() == [0, 7, -1]
 
 
-@pytest.mark.parametrize("pattern", ["sliding_window", "strided", "random", "oracle"])
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
 def test_forced_blocks_and_padding_are_as_of_select_blocks(pattern):
     q, k, _ = main_inputs("float32")
     ids = np.asarray(
@@ -155,5 +179,5 @@ def test_forced_blocks_and_padding_are_as_of_select_blocks(pattern):
 
 
 def test_sinks_count_inside_k():
-    ids = np.asarray(select_of_long("sliding_window", num_sink_blocks=2))[0, 0, -1]
+    ids = np.asarray(select_of_long("sink_window", num_sink_blocks=2))[0, 0, -1]
     assert ids.tolist() == [0, 1, *range(LONG - LONG_TOP_K + 2, LONG)]

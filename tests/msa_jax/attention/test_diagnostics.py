@@ -153,7 +153,8 @@ def test_without_a_choice_every_metric_is_zero():
 
 def layer_metrics(filled, selector, x):
     """Of a layer whose queries look like its keys, so that each likes its own block best."""
-    config = dataclasses.replace(CONFIG, num_heads=GROUPS, selector=selector)
+    sinks = 1 if selector == "sink_window" else 0
+    config = dataclasses.replace(CONFIG, num_heads=GROUPS, selector=selector, num_sink_blocks=sinks)
     layer = filled(lambda rngs: MSAttention(config, 12, rngs=rngs))
     layer.main.q = layer.main.k
     gain = np.full(HEAD_DIM, 5, np.float32)
@@ -169,6 +170,6 @@ def test_the_oracle_is_perfect_and_the_others_are_not(filled):
     np.testing.assert_allclose(oracle["block_recall"], 1, rtol=1e-6)
     np.testing.assert_allclose(oracle["score_recall"], 1, rtol=1e-6)
     assert 0.2 < oracle["coverage"] < 1
-    window = layer_metrics(filled, "sliding_window", x)
+    window = layer_metrics(filled, "sink_window", x)
     for name in ("block_recall", "score_recall", "coverage", "selected_mass"):
         assert window[name] < oracle[name] - 0.01, name

@@ -42,18 +42,23 @@ CASES = {
     "shared selection": dataclasses.replace(MSA, share_every=2),
     "strided": dataclasses.replace(MSA, selector="strided"),
     "random": dataclasses.replace(MSA, selector="random"),
-    "sliding window of blocks": dataclasses.replace(MSA, selector="sliding_window"),
+    "sink and window": dataclasses.replace(MSA, selector="sink_window", num_sink_blocks=1),
     "oracle": dataclasses.replace(MSA, selector="oracle"),
     "gqa": GQA,
-    "multi-head": dataclasses.replace(GQA, num_kv_heads=4),
+    "multi-head": dataclasses.replace(GQA, kind="mha"),
     "multi-query": dataclasses.replace(GQA, num_kv_heads=1),
-    "sliding window": dataclasses.replace(GQA, window=7),
+    "sliding window": dataclasses.replace(MSA, kind="sliding_window", window=7),
+    "longformer": dataclasses.replace(MSA, kind="longformer", num_sink_blocks=1),
+    "bigbird": dataclasses.replace(
+        MSA, kind="bigbird", top_k=4, num_sink_blocks=1, num_random_blocks=1
+    ),
 }
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 FAST = ("max pooling", "gqa")
+DECODED_ONE_BY_ONE = ("multi-head", "sliding window", "longformer", "bigbird", "sink and window")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,21 @@ def test_cached_decoding_is_the_full_forward_pass(layers):
         assert y.shape[1] == (LENGTH, LENGTH - prompt + short)[row]
         np.testing.assert_allclose(y, expected[:, row, : y.shape[1]], rtol=1e-4, atol=1e-5)
     assert [cache.length.tolist() for cache in caches] == [[40, 33]] * len(layers)
+
+
+@pytest.mark.parametrize("name", DECODED_ONE_BY_ONE)
+def test_a_prompt_and_then_single_tokens_are_the_full_forward_pass(name, make_mixer):
+    """As `generate` decodes: the prompt in one call, which ends within a block."""
+    layers, x, prompt, steps = [make_mixer(CASES[name])], inputs(), 22, 4
+    expected, _ = forward(layers, x, *one_document())
+    caches = [layer.init_cache(BATCH, LENGTH) for layer in layers]
+    y, caches = decode(layers, x[:, :prompt], caches)
+    parts = [y]
+    for slot in range(prompt, prompt + steps):
+        y, caches = decode(layers, x[:, slot : slot + 1], caches)
+        parts.append(y)
+    decoded = np.concatenate(parts, axis=2)
+    np.testing.assert_allclose(decoded, expected[:, :, : prompt + steps], rtol=1e-4, atol=1e-5)
 
 
 def test_a_future_token_changes_no_past_output(layers):

@@ -1,11 +1,13 @@
 import dataclasses
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 from fabricated_runs import CONFIG, MSA_LAYERS, write_run
 
-from msa_jax.eval.runs import RunFileError, read_run, read_runs, reporting_layers, series
+from msa_jax.config import MixerKind
+from msa_jax.eval.runs import LABELS, RunFileError, read_run, read_runs, reporting_layers, series
 from msa_jax.train.config import ExperimentConfig
 
 
@@ -29,6 +31,17 @@ def test_a_run_is_read_as_it_was_written(msa):
     assert run.selection.layers.tolist() == MSA_LAYERS
     assert run.selection.block_ids.shape == (3, 2, 256, 4)
     assert run.selection.block_size == 16
+
+
+def test_every_kind_has_a_label():
+    assert set(LABELS) == set(get_args(MixerKind))
+    assert len(set(LABELS.values())) == len(LABELS)
+
+
+def test_msa_with_a_fixed_selector_is_not_called_msa_alone(tmp_path):
+    attention = dataclasses.replace(CONFIG.attention, selector="strided")
+    config = dataclasses.replace(CONFIG, attention=attention)
+    assert read_run(write_run(tmp_path / "fixed", "msa", config=config)).label == "MSA strided"
 
 
 def test_a_dense_run_has_no_selection(tmp_path):
@@ -151,5 +164,5 @@ def test_reporting_layers_follow_the_config(tmp_path):
     assert isinstance(shared, ExperimentConfig)
     assert reporting_layers(shared, 2, tmp_path) == [1, 3]
     assert reporting_layers(shared, 3, tmp_path) == [1, 2, 3]
-    with pytest.raises(RunFileError, match="5 values, the config has 3 MSA layers"):
+    with pytest.raises(RunFileError, match="5 values, in the config 3 layers select blocks"):
         reporting_layers(CONFIG, 5, tmp_path)

@@ -1,0 +1,19 @@
+"""What every config checks itself with: one error that names the field and the mend."""
+
+from typing import get_args
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work; the message names the field and the mend."""
+
+
+def require(condition: bool, field: str, value: object, mend: str) -> None:
+    """Raises `ConfigError` naming `field` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field}={value!r}: {mend}")
+
+
+def require_choice(field: str, value: object, choices: object) -> None:
+    """Raises `ConfigError` unless `value` is one of the options of the Literal `choices`."""
+    options = get_args(choices)
+    require(value in options, field, value, f"choose one of {', '.join(map(repr, options))}")
