@@ -62,6 +62,13 @@ def test_prefill_by_hand():
     assert msa.rest == pytest.approx(2 * (192 + 384 + 256 + 32) / MATMUL)
 
 
+def test_every_layer_counts():
+    model = dataclasses.replace(MSA.model, num_layers=3, num_full_attention_layers=1)
+    prefill = economics.prefill_time(dataclasses.replace(MSA, model=model), LENGTH, MACHINE)
+    seconds = DENSE_MAIN / 2 + 2 * (MAIN / 7 + INDEX / 5)
+    assert prefill.attention == pytest.approx(seconds / LENGTH)
+
+
 def test_shares_by_hand():
     time = economics.Time(attention=1.0, rest=3.0)
     assert (time.total, time.attention_share) == (4.0, 0.25)
