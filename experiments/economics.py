@@ -17,7 +17,6 @@ page.
 import pathlib
 import shlex
 import sys
-import types
 from collections.abc import Sequence
 
 from absl import flags
@@ -40,7 +39,7 @@ from msa_jax.config import ArchitectureConfig
 from msa_jax.economics import GPUS
 from msa_jax.train.config import ExperimentConfig, from_config_dict
 
-_CONFIGS = (h100_350m, pilot_10b, msa_109b, minimax_m3)
+_RUNS = (h100_350m, pilot_10b, msa_109b, minimax_m3)
 _PAPER = "msa_109b"
 _PROFILES = pathlib.Path("docs/benchmarks")
 
@@ -67,38 +66,38 @@ def _model(values: flags.FlagValues, config: ArchitectureConfig, command: str) -
     setting = _setting(values)
     rows = costs.cost_rows(config, _lengths(values), setting)
     evens = costs.break_evens(config, setting)
-    title = words.title(config, setting)
     tables = {
         "Memory": words.memory_table(rows, setting),
         "Attention's share": words.share_table(rows),
-        "US dollars per million tokens"
-        + ("" if setting.own else ", estimated"): words.dollar_table(rows),
+        words.dollars(setting): words.dollar_table(rows),
     }
-    files.show(title, tables, [even.sentence for even in evens] + words.assumptions(setting))
-    return page.files(title, rows, evens, setting, command)
+    notes = words.caveat(config, setting) + words.assumptions(setting)
+    files.show(words.title(config, setting), tables, [even.sentence for even in evens] + notes)
+    return page.files(config, rows, evens, setting, command)
 
 
 def _shapes(values: flags.FlagValues, command: str) -> dict[str, str]:
     """Prints the comparison of several models; returns its files."""
     setting = _setting(values)
-    # That run was on an H100, and its dense attention cuDNN's.
-    trained = from_config_dict(ExperimentConfig, h100_350m.get_config())
-    ran = _setting(values, gpu="h100", dense="cudnn")
-    check = comparison.measured_steps(_PROFILES, trained, ran)
-    configs = {module.__name__.split(".")[-1]: _architecture(module) for module in _CONFIGS}
+    runs = {m.__name__: from_config_dict(ExperimentConfig, m.get_config()) for m in _RUNS}
+    configs = {name.split(".")[-1]: run.architecture for name, run in runs.items()}
     configs |= shapes.LLAMA_3
+    # That run was on an H100, and its dense attention cuDNN's.
+    ran = _setting(values, gpu="h100", dense="cudnn")
+    check = comparison.measured_steps(_PROFILES, runs[h100_350m.__name__], ran)
     found = comparison.models(configs, setting)
     # Where neighbouring queries share least.
     worst = comparison.models(configs, _setting(values, selection="random"))
     tables = {
         "By FLOPs": comparison.by_flops(found),
-        "By prefill time": comparison.by_time(found),
-        "MSA is cheaper from (tokens)": comparison.break_even_table(found, worst),
+        f"By prefill time{words.estimated(setting)}": comparison.by_time(found),
+        f"MSA is cheaper from (tokens{words.estimated(setting)})": comparison.break_even_table(
+            found, worst
+        ),
         "Check": check,
     }
     files.show("The usual estimate against several models", tables, words.assumptions(setting))
-    lengths = _lengths(values)
-    return comparison_page.files(found, worst, _PAPER, lengths, setting, check, command)
+    return comparison_page.files(found, worst, _PAPER, _lengths(values), setting, check, command)
 
 
 def _setting(
@@ -118,10 +117,6 @@ def _setting(
 
 def _lengths(values: flags.FlagValues) -> list[int]:
     return sorted({parse_length(text) for text in values.lengths})
-
-
-def _architecture(module: types.ModuleType) -> ArchitectureConfig:
-    return from_config_dict(ExperimentConfig, module.get_config()).architecture
 
 
 def _define_flags(values: flags.FlagValues) -> None:

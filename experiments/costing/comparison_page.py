@@ -71,16 +71,19 @@ one line of numbers for all models. Here it is held against several, by counted 
 
 {markdown(comparison.by_flops(found))}
 
-### By prefill time at measured kernel rates
+### By prefill time{words.estimated(setting) or " at measured kernel rates"}
 
 {markdown(comparison.by_time(found))}
 
 A negative saving is a loss: at short context selection costs more than it spares. The Llama models
-are their published dimensions with MSA's selection in place of dense attention; no such model was
-trained. The kernels were measured with {setting.measured.group_size} query heads per KV head; for
-other numbers ({_other_groups(found, setting.measured.group_size)}) the rates are an assumption.
+are their published dimensions with MSA's selection in place of dense attention, and a backward pass
+that computes each layer again (`model.remat="full"`); no such model was trained.
 
-## From which context length on is MSA cheaper?
+The rates are of one shape of layer. That they hold for others is an assumption:
+
+{_others(found, setting)}
+
+## From which context length on is MSA cheaper{words.estimated(setting)}?
 
 Below these lengths, in tokens, MSA costs more than dense attention. With * the length lies below
 what was measured, and rests on the rates of the shortest measured length. Times are of
@@ -89,9 +92,9 @@ queries share least.
 
 {markdown(comparison.break_even_table(found, worst))}
 
-## What {paper} costs
+## What {paper} costs{words.estimated(setting)}
 
-US dollars per million tokens; with * beyond the lengths that kernels were measured at.
+{words.dollars(setting)}; with * beyond the lengths that kernels were measured at.
 
 {markdown(words.dollar_table(paper_rows))}
 
@@ -113,10 +116,10 @@ share of the matmul peak was set by the dense step, so that only the MSA step is
 """
 
 
-def _other_groups(found: Mapping[str, Model], measured: int) -> str:
-    """Query heads per KV head, where they are not those of the benchmark."""
-    sizes = {}
-    for name, model in found.items():
-        mixer = model.config.attention
-        sizes[name] = mixer.num_heads // mixer.num_kv_heads
-    return ", ".join(f"{name}: {size}" for name, size in sizes.items() if size != measured)
+def _others(found: Mapping[str, Model], setting: Setting) -> str:
+    """The models whose layers are unlike the measured one."""
+    unlike = {
+        name: words.unlike_the_measured(model.config.attention, setting)
+        for name, model in found.items()
+    }
+    return words.bullets([f"{name} has {text}." for name, text in unlike.items() if text])

@@ -1,6 +1,7 @@
 """The numbers: what a model and its dense twin cost at each context length, and where MSA pays."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -225,27 +226,39 @@ def break_evens(config: ArchitectureConfig, setting: Setting) -> list[BreakEven]
     require_msa(config)
     machine, twin = setting.machine, dense_twin(config)
 
-    def find(seconds: Callable[[ArchitectureConfig, int], float]) -> int | None:
-        return economics.break_even(
-            lambda length: seconds(config, length),
-            lambda length: seconds(twin, length),
-            longest=LONGEST,
-        )
+    def find(time: Callable[[ArchitectureConfig, int], economics.Time]) -> int | None:
+        return _crossing(config, twin, lambda c, length: time(c, length).total)
 
     found = []
     for what, passes, time in (
         ("prefill", FORWARD, economics.prefill_time),
         ("training", TRAINING, economics.training_time),
     ):
-        length = find(lambda c, n, time=time: time(c, n, machine).total)
+        length = find(lambda c, n, time=time: time(c, n, machine))
         found.append(BreakEven(what, length, _break_even_basis(setting, passes, length)))
-    decode = find(lambda c, n: economics.decode_time(c, n, machine, setting.batch).total)
-    flops = find(lambda c, n: cost.model_flops(c, n).total / n)
+    decode = find(lambda c, n: economics.decode_time(c, n, machine, setting.batch))
     return [
         *found,
         BreakEven("decode", decode, _estimated(setting) + FROM_BYTES),
-        BreakEven("forward FLOPs", flops, COUNTED),
+        BreakEven("forward FLOPs", _flops_crossing(config, twin), COUNTED),
     ]
+
+
+@functools.cache
+def _flops_crossing(config: ArchitectureConfig, twin: ArchitectureConfig) -> int | None:
+    return _crossing(config, twin, lambda c, length: cost.model_flops(c, length).total / length)
+
+
+def _crossing(
+    config: ArchitectureConfig,
+    twin: ArchitectureConfig,
+    price: Callable[[ArchitectureConfig, int], float],
+) -> int | None:
+    return economics.break_even(
+        lambda length: price(config, length),
+        lambda length: price(twin, length),
+        longest=LONGEST,
+    )
 
 
 def _break_even_basis(setting: Setting, passes: str, length: int | None) -> str:

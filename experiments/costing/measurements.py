@@ -8,6 +8,7 @@ from experiments.benchmarking import results
 from experiments.benchmarking.cases import DENSE, FORWARD, MSA, TRAINING
 from experiments.benchmarking.results import ResultError, Row
 from msa_jax import cost, economics
+from msa_jax.config import AttentionConfig
 from msa_jax.kernel_rates import KernelRates, RateCurve
 
 FASTEST = "fastest"
@@ -27,8 +28,7 @@ class Measurements:
       device_kind: the GPU it was measured on.
       rates: of attention.
       copy_bytes_per_second: bandwidth of a large copy.
-      shape: the benchmark's layer, in words.
-      group_size: its query heads per KV head.
+      layer: the benchmark's.
       selection: kind of the index inputs.
       dense: which dense kernel, or "fastest".
       lengths: where the forward and where the training pass of MSA was measured.
@@ -37,8 +37,7 @@ class Measurements:
     device_kind: str
     rates: KernelRates
     copy_bytes_per_second: float
-    shape: str
-    group_size: int
+    layer: AttentionConfig
     selection: str
     dense: str
     lengths: dict[str, tuple[int, ...]]
@@ -79,14 +78,11 @@ def read(path: pathlib.Path, *, selection: str, dense: str) -> Measurements:
         backward=_curve(training, "backward", lambda row: 2 * _main(row)),
         kl=_curve(training, "kl", _main),
     )
-    case = forward[0].case
     return Measurements(
         device_kind=devices.pop(),
         rates=rates,
         copy_bytes_per_second=results.ceilings(runs).copy_bytes,
-        shape=f"{case.num_heads} query and {case.num_kv_heads} KV heads of {case.head_dim} dims, "
-        f"blocks of {case.block_size}, {case.top_k} per query",
-        group_size=case.num_heads // case.num_kv_heads,
+        layer=forward[0].case.attention,
         selection=selection,
         dense=dense,
         lengths={FORWARD: rates.main.lengths, TRAINING: rates.training_main.lengths},

@@ -7,6 +7,7 @@ import numpy as np
 from experiments.costing import words
 from experiments.costing.costs import BEYOND, ESTIMATED, BreakEven, CostRow, Pair, Setting
 from experiments.costing.files import as_csv, as_json
+from msa_jax.config import ArchitectureConfig
 from msa_jax.eval import figures, page
 
 _HOLLOW = "Hollow: beyond the lengths that kernels were measured at, or estimated."
@@ -17,16 +18,22 @@ def cost_curves(rows: Sequence[CostRow], setting: Setting) -> str:
     lines = _lines("prefill", [row.prefill for row in rows])
     lines |= _lines("decode", [row.decode for row in rows])
     bases = [[row.prefill_basis for row in rows]] * 2 + [[row.decode_basis for row in rows]] * 2
-    return _curves(rows, lines, _dollars(setting), dict(zip(lines, bases, strict=True)), log=True)
+    return _curves(
+        rows, lines, words.dollars(setting), dict(zip(lines, bases, strict=True)), log=True
+    )
 
 
 def files(
-    title: str, rows: Sequence[CostRow], evens: Sequence[BreakEven], setting: Setting, command: str
+    config: ArchitectureConfig,
+    rows: Sequence[CostRow],
+    evens: Sequence[BreakEven],
+    setting: Setting,
+    command: str,
 ) -> dict[str, str]:
     """The files of one model by name; `command` is what makes them."""
     plain = [row.flat() for row in rows]
     return {
-        "economics.html": html(title, rows, evens, setting, command),
+        "economics.html": html(config, rows, evens, setting, command),
         "economics.svg": figures.standalone(cost_curves(rows, setting)),
         "economics.csv": as_csv(plain),
         "economics.json": as_json(plain, {"": evens}, setting, command),
@@ -34,20 +41,26 @@ def files(
 
 
 def html(
-    title: str, rows: Sequence[CostRow], evens: Sequence[BreakEven], setting: Setting, command: str
+    config: ArchitectureConfig,
+    rows: Sequence[CostRow],
+    evens: Sequence[BreakEven],
+    setting: Setting,
+    command: str,
 ) -> str:
     """The page of one model; `command` is what makes it."""
     body = (
         "<p>MSA costs more than dense attention at short context, and less from these lengths on:"
         f"</p>{_list([even.sentence for even in evens])}"
         + page.grid(_pictures(rows, setting))
-        + page.section(f"{_dollars(setting)}", page.table(*words.dollar_table(rows)))
+        + page.section(words.dollars(setting), page.table(*words.dollar_table(rows)))
         + page.section("Attention's share", page.table(*words.share_table(rows)))
         + page.section("Memory", page.table(*words.memory_table(rows, setting)))
-        + page.section("What goes in", _list(words.assumptions(setting)))
+        + page.section(
+            "What goes in", _list(words.caveat(config, setting) + words.assumptions(setting))
+        )
         + page.note(command)
     )
-    return page.document(title, body)
+    return page.document(words.title(config, setting), body)
 
 
 def _pictures(rows: Sequence[CostRow], setting: Setting) -> list[str]:
@@ -66,7 +79,7 @@ def _pictures(rows: Sequence[CostRow], setting: Setting) -> list[str]:
             f"Prefill and decode by length of the context, dense and MSA. {_HOLLOW}",
         ),
         page.figure(
-            _curves(rows, training, _dollars(setting), trained, log=True),
+            _curves(rows, training, words.dollars(setting), trained, log=True),
             f"Training by length of the document, the sparse phase. {_HOLLOW}",
         ),
         page.figure(
@@ -92,10 +105,6 @@ def _curves(
     hollow = {n: np.array([BEYOND in b or ESTIMATED in b for b in bs]) for n, bs in bases.items()}
     lengths = np.array([row.length for row in rows])
     return figures.by_context(lengths, lines, quantity, log=log, hollow=hollow)
-
-
-def _dollars(setting: Setting) -> str:
-    return "US dollars per million tokens" + ("" if setting.own else ", estimated")
 
 
 def _lines(what: str, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:

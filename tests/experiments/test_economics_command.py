@@ -9,7 +9,7 @@ import pytest
 
 from configs import h100_350m, msa_109b
 from experiments import cli, economics
-from experiments.costing import comparison, costs, measurements
+from experiments.costing import comparison, costs, measurements, words
 from experiments.costing.shapes import ESTIMATES, LLAMA_3
 from msa_jax import cost
 from msa_jax.config import AttentionConfig, dense_twin
@@ -125,6 +125,18 @@ def test_bases_say_where_rates_come_from():
     assert costs.basis(setting(gpu="h200"), "forward", 2**13) == f"estimated, {measured}"
 
 
+def test_the_comparison_says_estimated_at_every_table_of_times(tmp_path):
+    assert run("--shapes", "--gpu=h200", "--lengths=8K", f"--output={tmp_path}") == 0
+    lines = (tmp_path / "economics.md").read_text().splitlines()
+    headings = [line for line in lines if line.startswith("#")]
+    assert [line for line in headings if "estimated" in line] == [
+        "### By prefill time, estimated",
+        "## From which context length on is MSA cheaper, estimated?",
+        "## What msa_109b costs, estimated",
+    ]
+    assert "measured kernel rates" not in "".join(headings)
+
+
 def test_another_gpu_reaches_the_same_share_of_its_peaks():
     h100, a100 = setting().machine, setting(gpu="a100").machine
     ratio = 312 / 989
@@ -203,6 +215,18 @@ def test_an_estimate_says_so_everywhere(tmp_path, capsys):
     assert "nothing was measured on A100" in shown
     for name in ("html", "svg", "csv", "json"):
         assert "estimated" in (tmp_path / f"economics.{name}").read_text(), name
+
+
+def test_a_layer_unlike_the_measured_one_is_named(capsys, tmp_path):
+    config = load(msa_109b).architecture
+    assert words.caveat(config, setting()) == []
+    assert run("--config=configs/quickstart.py", "--lengths=8K", f"--output={tmp_path}") == 0
+    unlike = "2 query heads per KV head (16 measured), 32 dims per head (128 measured)"
+    assert unlike in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "economics.html").read_text()
+    assert unlike in page
+    assert "costs on H100" in page
+    assert "a model of 2.05M parameters (0.874M active)" in page
 
 
 def test_break_even_lengths_are_rounded_and_marked():
