@@ -1,14 +1,16 @@
 """Times by hand for a model of one small layer, and break-even lengths that are known."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
-from msa_jax import economics
+from msa_jax import cost, economics
 from msa_jax.config import (
     ArchitectureConfig,
     AttentionConfig,
     ConfigError,
+    MixerKind,
     ModelConfig,
     MoEConfig,
     dense_twin,
@@ -167,12 +169,19 @@ def test_break_even_is_behind_the_last_length_where_it_loses():
     assert economics.break_even(sparse, lambda n: n) == 20_001
 
 
+def window_of(kind, tokens):
+    """A mixer of this kind with a window, or None if the kind has none."""
+    try:
+        mixer = dataclasses.replace(MSA.attention, kind=kind, window=tokens)
+    except ConfigError:
+        return None
+    return mixer if cost.visible_tokens(mixer, LENGTH) == tokens else None
+
+
 def test_what_was_not_measured_is_refused():
-    window = dataclasses.replace(DENSE, attention=dataclasses.replace(DENSE.attention, window=3))
-    fixed = dataclasses.replace(
-        MSA, attention=dataclasses.replace(MSA.attention, selector="strided")
-    )
-    for config in (window, fixed):
+    (window,) = filter(None, (window_of(kind, 3) for kind in get_args(MixerKind)))
+    for attention in (window, dataclasses.replace(MSA.attention, selector="strided")):
+        config = dataclasses.replace(MSA, attention=attention)
         for time in (economics.prefill_time, economics.training_time):
             with pytest.raises(ConfigError, match="rates are of learned MSA and of dense GQA"):
                 time(config, LENGTH, MACHINE)

@@ -1,6 +1,7 @@
 """Sizes that make comparisons fair: against the counts of the cost model, and by hand."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
@@ -9,6 +10,7 @@ from msa_jax.config import (
     ArchitectureConfig,
     AttentionConfig,
     ConfigError,
+    MixerKind,
     ModelConfig,
     MoEConfig,
     dense_twin,
@@ -26,7 +28,18 @@ MSA = ArchitectureConfig(
     MoEConfig(num_experts=0),
 )
 WITH_EXPERTS = dataclasses.replace(MSA, moe=MoEConfig(num_experts=8, top_k=2, expert_dim=96))
-WINDOW = dataclasses.replace(MSA.attention, kind="gqa", window=16)
+
+
+def window_of(kind, tokens):
+    """A mixer of this kind with a window, or None if the kind has none."""
+    try:
+        mixer = dataclasses.replace(MSA.attention, kind=kind, window=tokens)
+    except ConfigError:
+        return None
+    return mixer if cost.visible_tokens(mixer, LENGTH) == tokens else None
+
+
+(WINDOW,) = filter(None, (window_of(kind, 16) for kind in get_args(MixerKind)))
 
 
 def with_attention(config, **changes):
