@@ -117,7 +117,7 @@ def parse_with_config(
     if path is None:
         _parse([argument for argument in rest if not _override(argument)], values, usage)
         raise UsageError("--config is missing: name a file, --config=configs/quickstart.py")
-    config = _load_config(path)
+    config = _load_config("config", path)
     _check_fields(rest)
     config_flags.DEFINE_config_dict(
         "config", config, "file.py[:argument]", flag_values=values, sys_argv=rest
@@ -155,15 +155,25 @@ def _take_config_path(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _load_config(value: str) -> ml_collections.ConfigDict:
+def load_config(flag: str, value: str) -> ExperimentConfig:
+    """The config of `file.py[:argument]`, the value of `--flag`.
+
+    Raises:
+      UsageError: there is no such file, or it fails.
+      ConfigError: a field's value cannot work.
+    """
+    return from_config_dict(ExperimentConfig, _load_config(flag, value))
+
+
+def _load_config(flag: str, value: str) -> ml_collections.ConfigDict:
     """What `get_config` of `file.py[:argument]` returns."""
     name, colon, argument = value.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
-        raise UsageError(f"--config={value}: there is no file {name!r}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+        raise UsageError(f"--{flag}={value}: there is no file {name!r}")
+    spec = importlib.util.spec_from_file_location(f"{flag}_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--config={value}: {name} is not a Python file")
+        raise UsageError(f"--{flag}={value}: {name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -174,10 +184,10 @@ def _load_config(value: str) -> ml_collections.ConfigDict:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename.endswith(name)]
         where = f"{name}{lines[-1] if lines else ''}"
-        raise UsageError(f"--config={value}: {where}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"--{flag}={value}: {where}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UsageError(
-            f"--config={value}: get_config() returned a {type(config).__name__}; "
+            f"--{flag}={value}: get_config() returned a {type(config).__name__}; "
             "return to_config_dict(ExperimentConfig(...))"
         )
     return config

@@ -14,6 +14,13 @@ MSA from a trained dense model of the same shape (MSA-CPT):
     python -m experiments.train --config=configs/quickstart.py --config.train.init_from=runs/gqa \\
         --workdir=runs/msa_from_gqa
 
+A baseline as large, or as costly, as another config: its feed-forward, or the field that
+--match_field names, is set so that active parameters or training FLOPs are equal. What was set is
+printed, and stands in the manifest's config:
+
+    python -m experiments.train --config=configs/quickstart.py:gqa --workdir=runs/gqa_matched \\
+        --match=configs/quickstart.py --match_by=flops
+
 Exit code: 0 when all steps are done, 2 after a mistake in the command line, config or checkpoint,
 1 when the loss or a gradient became NaN or infinite, 128 + the signal's number after a signal.
 """
@@ -26,6 +33,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
+from msa_jax import matching
 from msa_jax.eval.evaluation import evaluate
 from msa_jax.sharding import make_mesh
 from msa_jax.train.config import ExperimentConfig
@@ -38,7 +46,11 @@ _FINAL_EVAL_BATCHES = 32
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds this script's flags."""
-    flags.DEFINE_string("workdir", None, "directory of the run; required", flag_values=values)
+    own = {"flag_values": values}
+    flags.DEFINE_string("workdir", None, "directory of the run; required", **own)
+    flags.DEFINE_string("match", None, "config file whose size or cost this run takes on", **own)
+    flags.DEFINE_enum("match_by", "flops", matching.QUANTITIES, "what is matched", **own)
+    flags.DEFINE_enum("match_field", None, matching.FIELDS, "what is set for it", **own)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +58,25 @@ def main(argv: Sequence[str]) -> int:
     values, config = cli.parse_with_config(argv, define_flags, usage=__doc__ or "")
     if not values.workdir:
         raise cli.UsageError("--workdir is missing: name the run's directory, --workdir=runs/msa")
-    return run_experiment(config, pathlib.Path(values.workdir))
+    return run_experiment(_matched(config, values), pathlib.Path(values.workdir))
+
+
+def _matched(config: ExperimentConfig, values: flags.FlagValues) -> ExperimentConfig:
+    """The config with the size that `--match` asks for."""
+    if not values.match:
+        for name in ("match_by", "match_field"):
+            if values[name].present:
+                raise cli.UsageError(f"--{name} needs --match: name the config to be matched")
+        return config
+    matched = matching.match(
+        config,
+        cli.load_config("match", values.match),
+        by=values.match_by,
+        length=config.data.sequence_length,
+        field=values.match_field,
+    )
+    print(f"matched with {values.match}: {matched.report}")
+    return matched.config
 
 
 def run_experiment(config: ExperimentConfig, workdir: pathlib.Path) -> int:

@@ -11,6 +11,7 @@ import io
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -21,7 +22,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 THEME = {  # name: (light, dark)
     "ink": ("#1f2328", "#e6e8ea"),
@@ -284,7 +285,12 @@ def loss_by_position(edges: Mapping[str, np.ndarray], losses: Mapping[str, np.nd
 
 
 def by_context(
-    lengths: np.ndarray, values: Mapping[str, np.ndarray], quantity: str, *, log: bool
+    lengths: np.ndarray,
+    values: Mapping[str, np.ndarray],
+    quantity: str,
+    *,
+    log: bool,
+    hollow: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> str:
     """A computed quantity of each model over the context length.
 
@@ -293,19 +299,26 @@ def by_context(
       values: [N] by model.
       quantity: the vertical axis, with its unit.
       log: whether that axis is logarithmic; a linear one starts at 0.
+      hollow: [N] bool by model, the points whose markers are drawn hollow; none without.
     """
     with _style():
         figure, (axes,) = _panels(1, height=3.4)
         for index, (label, line) in enumerate(values.items()):
             axes.plot(lengths, line, label=label, **_look(index))
+            if label in hollow:
+                points, look = hollow[label], _look(index) | {"linestyle": ""}
+                axes.plot(lengths[points], line[points], **look, markerfacecolor=PAPER[0])
         _log_tokens(axes)
         axes.xaxis.set_major_locator(FixedLocator(list(lengths[::-2])))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         else:
             axes.set_ylim(bottom=0)
         _labels(axes, "context (tokens)", quantity, steps=False)
-        return _finish(figure)
+        return _finish(figure, columns=2 if len(values) > 2 else 1)
 
 
 def short_length(tokens: int) -> str:
@@ -366,6 +379,6 @@ def _finish(figure: Figure, handles: Sequence[Artist] | None = None, *, columns:
     svg = re.sub(r'(url\(#|href="#)', rf"\1{prefix}", svg)
     svg = re.sub(r'(<svg [^>]*?) ?width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) ?height="[^"]*"', r"\1", svg, count=1)
-    for variable, (light, _) in THEME.items():
+    for variable, (light, _) in {**THEME, "paper": PAPER}.items():
         svg = svg.replace(light, f"var(--{variable}, {light})")
     return svg

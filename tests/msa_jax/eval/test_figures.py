@@ -133,3 +133,16 @@ def test_spread(count, most, indices):
 )
 def test_short_length(tokens, text):
     assert figures.short_length(tokens) == text
+
+
+def test_points_that_were_not_measured_are_hollow():
+    lengths, line = np.array([8192, 16384, 32768]), np.array([1.0, 2.0, 3.0])
+
+    def hollow(*points):
+        found = {"MSA": np.array(points)} if points else {}
+        svg = figures.by_context(lengths, {"MSA": line}, "TFLOPs", log=True, hollow=found)
+        return svg.count("fill: var(--paper, #ffffff)")
+
+    full = hollow()
+    assert hollow(False, False, False) == full
+    assert hollow(True, False, True) == full + 2
