@@ -30,6 +30,7 @@ def open_storage(url: str | None, workdir: pathlib.Path) -> BaseStorage:
     Raises:
       UsageError: the URL is of another kind, its driver is missing, or nothing answers there.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # The worker says what happens.
     url = f"sqlite:///{workdir.resolve() / 'study.db'}" if url is None else url
     scheme, _, path = url.partition(":")
     database = scheme.partition("+")[0]

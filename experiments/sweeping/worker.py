@@ -26,7 +26,7 @@ from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.interrupt import Interruption
 from msa_jax.train.sweep import Value
 
-_TICK_SECONDS = 0.05
+_TICK_SECONDS = 0.02
 
 
 @dataclasses.dataclass

@@ -197,7 +197,7 @@ def grid_values(parameter: Parameter) -> tuple[Value, ...]:
     return tuple(range(parameter.low, parameter.high + 1, parameter.step))
 
 
-def _require_bounds(field: str, low: float, high: float, log: bool) -> None:
+def _require_bounds(field: str, low: int | float, high: int | float, log: bool) -> None:
     require(bool(field), "field", field, "name a config field")
     require(low <= high, f"the range of {field}", (low, high), "low must not be above high")
     require(not log or low > 0, f"the range of {field}", (low, high), "log: low must be > 0")

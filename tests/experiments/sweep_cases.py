@@ -87,7 +87,7 @@ def starts(workdir: pathlib.Path) -> dict[int, list[str]]:
     }
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=120.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
