@@ -61,7 +61,12 @@ class IntRange:
 
     def __post_init__(self):
         require(self.step >= 1, f"the step of {self.field}", self.step, "must be >= 1")
-        require(not self.log or self.step == 1, f"the step of {self.field}", self.step, "log: 1")
+        require(
+            not self.log or self.step == 1,
+            f"the step of {self.field}",
+            self.step,
+            "must be 1 where log",
+        )
         _require_bounds(self.field, self.low, self.high, self.log)
 
 
@@ -200,4 +205,4 @@ def grid_values(parameter: Parameter) -> tuple[Value, ...]:
 def _require_bounds(field: str, low: int | float, high: int | float, log: bool) -> None:
     require(bool(field), "field", field, "name a config field")
     require(low <= high, f"the range of {field}", (low, high), "low must not be above high")
-    require(not log or low > 0, f"the range of {field}", (low, high), "log: low must be > 0")
+    require(not log or low > 0, f"the range of {field}", (low, high), "low must be > 0 where log")

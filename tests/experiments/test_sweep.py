@@ -399,19 +399,21 @@ def test_the_command_trains_is_interrupted_and_goes_on(tmp_path, monkeypatch):
     workdir = tmp_path / "out"
     arguments = ["--sweep=configs/sweeps/quickstart.py", f"--workdir={workdir}", "--trials=1"]
     data = ["--config.data.source=files", f"--config.data.files={tmp_path}/*.txt"]
-    short = ["--config.train.steps=6", "--config.train.log_every=1"]
+    loop = {"steps": 100, "log_every": 1, "checkpoint_every": 100}
+    short = [f"--config.train.{field}={value}" for field, value in loop.items()]
     command = ["sweep", *arguments, *data, *short]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     begun = trial_folder(workdir, 0) / "manifest.json"
-    with signal_when(begun.exists, signal.SIGINT):
+    metrics = begun.with_name("metrics.jsonl")
+    with signal_when(lambda: metrics.exists() and metrics.stat().st_size, signal.SIGINT):
         assert cli.run(sweep.main, command) == 128 + signal.SIGINT
     assert list((trial_folder(workdir, 0) / "checkpoints").iterdir())
     assert cli.run(sweep.main, command) == 0
     starts = json.loads(begun.read_text())["starts"]
     first, second = (start["resumed_from_step"] for start in starts)
     assert first is None
-    assert 1 <= second < 6
+    assert 1 <= second < 100
     attention = starts[1]["config"]["attention"]
     assert (attention["top_k"], attention["block_size"], attention["index_dim"]) == (2, 8, 8)
     evaluation = json.loads((trial_folder(workdir, 0) / "evaluation.json").read_text())
