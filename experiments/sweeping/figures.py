@@ -128,8 +128,8 @@ def heat_map(
         tilted = max(map(len, columns.labels)) > 6 and len(columns.labels) > 4
         axes.set_xticks(range(len(columns.labels)), columns.labels, rotation=30 * tilted)
         axes.set_yticks(range(len(lines.labels)), lines.labels)
-        axes.set_xlabel(x.field)
-        axes.set_ylabel(y.field)
+        axes.set_xlabel(_leaf(x))
+        axes.set_ylabel(_leaf(y))
         for line, column in np.argwhere(np.isfinite(means)):
             mean = means[line, column]
             # Fixed colours: the cell under the text has the same on every page.
@@ -164,7 +164,7 @@ def parallel_coordinates(
     columns += [_objective_axis(one, rows) for one in objectives]
     heights = np.stack([column.heights for column in columns], 1)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((max(6.0, 1.25 * len(columns) + 1), 4.0), layout="constrained")
+        figure = Figure((max(6.0, 1.4 * len(columns) + 1), 4.0), layout="constrained")
         axes = figure.subplots()
         axes.grid(False)
         for row, line, value in zip(rows, heights, first, strict=True):
@@ -180,7 +180,12 @@ def parallel_coordinates(
             axes.axvline(place, color=_GRID, linewidth=1)
             for height, label in column.ticks:
                 axes.annotate(
-                    label, (place, height), (3, 1), textcoords="offset points", fontsize=7.5
+                    label,
+                    (place, height),
+                    (3, 1),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    zorder=5,
                 )
         axes.set_xticks(range(len(columns)), [column.title for column in columns])
         axes.set_yticks([])
@@ -202,7 +207,7 @@ class _Column:
 
 
 def _parameter_axis(parameter: Parameter, rows: Sequence[Row]) -> _Column:
-    title = parameter.field.replace(".", ".\n", 1)
+    title = _leaf(parameter)
     values = [row.parameters[parameter.field] for row in rows]
     if isinstance(parameter, Choice):
         places = scale(parameter, values)
@@ -233,6 +238,11 @@ def short_number(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / (1e3 if name == 'K' else unit):.4g}{name}"
     return f"{value:.4g}"
+
+
+def _leaf(parameter: Parameter) -> str:
+    """The field without its section, for which a figure has no room; captions have all of it."""
+    return parameter.field.rsplit(".", 1)[-1]
 
 
 def _short(value: Value) -> str:

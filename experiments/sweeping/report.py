@@ -89,6 +89,8 @@ def render(name: str, space: Space, rows: Sequence[Row], found: Figures) -> str:
         remark = page.note("Means over the complete trials of each pair of values.")
         body.append(page.section("Pairs of parameters", remark + maps))
     body.append(page.section("Every trial", _trial_table(rows, sweep)))
+    if any(row.error for row in rows):
+        body.append(page.section("Failed and left out", _reasons(rows)))
     body.append(page.section("The sweep", _definition(space)))
     return page.document(f"Sweep {name}", "".join(body))
 
@@ -134,20 +136,35 @@ def _front_table(rows: Sequence[Row], sweep: Sweep) -> str:
     first = sweep.objectives[0]
     front = [row for row in rows if row.on_front and row.same_as is None]
     front.sort(key=lambda row: row.values[first.name], reverse=first.direction == "maximize")
-    head = ["trial", *(parameter.field for parameter in sweep.parameters)]
-    head += [TITLES[one.name] for one in sweep.objectives]
+    head = ["trial", *_head(sweep)]
     return page.table(head, [[str(row.number), *_cells(row, sweep)] for row in front])
 
 
 def _trial_table(rows: Sequence[Row], sweep: Sweep) -> str:
-    head = ["trial", "state", *(parameter.field for parameter in sweep.parameters)]
-    head += [*(TITLES[one.name] for one in sweep.objectives), "seconds", "remark"]
+    head = ["trial", "state", *_head(sweep), "seconds", "same as"]
     body = []
     for row in rows:
-        same = "" if row.same_as is None else f"same point as trial {row.same_as}"
-        end = [f"{row.seconds:.0f}" if row.seconds else "", row.error or same]
+        same = "" if row.same_as is None else f"trial {row.same_as}"
+        end = [f"{row.seconds:.0f}" if row.seconds else "", same]
         body.append([str(row.number), row.state, *_cells(row, sweep), *end])
-    return page.table(head, body, style="remarks")
+    return page.table(head, body)
+
+
+def _reasons(rows: Sequence[Row]) -> str:
+    """Why trials failed or were left out, those of one reason together."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.error:
+            reasons.setdefault((row.state, row.error), []).append(str(row.number))
+    body = [[state, ", ".join(numbers), why] for (state, why), numbers in reasons.items()]
+    return page.table(["", "trials", "why"], body, style="facts")
+
+
+def _head(sweep: Sweep) -> list[str]:
+    """Parameters and objectives; long fields may be broken after their section."""
+    fields = [parameter.field for parameter in sweep.parameters]
+    names = [field.replace(".", ".\N{ZERO WIDTH SPACE}") for field in fields]
+    return names + [TITLES[one.name] for one in sweep.objectives]
 
 
 def _cells(row: Row, sweep: Sweep) -> list[str]:

@@ -381,7 +381,7 @@ def test_without_optuna_the_extra_is_named(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "trials"),
-    [("quickstart.py", 12), ("sparsity.py", 60), ("sparsity.py:grid", 3840)],
+    [("quickstart.py", 12), ("sparsity.py", 120), ("sparsity.py:grid", 3840)],
 )
 def test_the_sweeps_of_this_repository_are_valid(monkeypatch, file, trials):
     monkeypatch.chdir(ROOT)
