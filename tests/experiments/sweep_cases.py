@@ -1,8 +1,11 @@
 """A sweep of 12 points whose trainings are a script of a few lines."""
 
+import contextlib
 import json
 import pathlib
+import signal
 import sys
+import threading
 import time
 
 from experiments import cli
@@ -96,3 +99,17 @@ def wait_for(condition, seconds=120.0):
 
 def points(study) -> list[str]:
     return sorted(json.dumps(trial.params) for trial in study.get_trials())
+
+
+@contextlib.contextmanager
+def signal_when(condition, number):
+    """Sends this process's main thread a signal as soon as the condition holds."""
+
+    def send():
+        wait_for(condition)
+        signal.pthread_kill(threading.main_thread().ident, number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()

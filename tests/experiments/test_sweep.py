@@ -1,8 +1,5 @@
-"""Workers on one study: nothing is lost, nothing is run twice. Only the last test trains."""
+"""Workers on one study: nothing is lost, nothing is run twice. The trainings are a script."""
 
-import contextlib
-import csv
-import json
 import os
 import pathlib
 import signal
@@ -10,14 +7,23 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 import sweep_cases
-from optuna.trial import TrialState
-from sweep_cases import ROOT, make_sweep, open_worker, points, starts, wait_for
+from optuna.trial import TrialState, create_trial
+from sweep_cases import (
+    ROOT,
+    make_sweep,
+    open_worker,
+    points,
+    signal_when,
+    space_of,
+    starts,
+    wait_for,
+)
 
-from experiments import cli, sweep
+from experiments import cli
 from experiments.sweeping.leases import MAX_LOST
+from experiments.sweeping.storage import open_storage, open_study
 from experiments.sweeping.training import trial_folder
 from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.sweep import Choice, Condition, FloatRange, IntRange
@@ -25,6 +31,7 @@ from msa_jax.train.sweep import Choice, Condition, FloatRange, IntRange
 STORAGES = ["sqlite", "journal"]
 GRID = 12
 FEW = make_sweep(trials=3)  # of the grid's points
+SPACE = space_of(make_sweep())
 
 
 def url_of(kind, folder):
@@ -56,6 +63,31 @@ def test_two_workers_share_the_points_and_run_none_twice(tmp_path, kind):
     assert len(owners) == 2
 
 
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_waiting_trial_is_claimed_once(tmp_path, kind):
+    """SQLite locks no rows, so that only its write lock keeps two workers from one trial."""
+
+    def join_study():
+        return open_study(open_storage(url_of(kind, tmp_path), tmp_path), SPACE, "study")
+
+    def claim():
+        study = join_study()
+        together.wait()
+        while (trial := study.ask()).number < waiting:
+            claimed.append(trial.number)
+
+    waiting, together, claimed = 20, threading.Barrier(4), []
+    study = join_study()
+    for _ in range(waiting):
+        study.add_trial(create_trial(state=TrialState.WAITING))
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == list(range(waiting))
+
+
 def test_finished_trials_are_never_run_again_and_more_can_follow(tmp_path):
     open_worker(tmp_path, FEW)[0].run()
     worker, study = open_worker(tmp_path, FEW)
@@ -65,20 +97,6 @@ def test_finished_trials_are_never_run_again_and_more_can_follow(tmp_path):
     assert open_worker(tmp_path, make_sweep(trials=4))[0].run() == 0
     assert {**trial_values(study), **before} == trial_values(study)
     assert starts(tmp_path) == {number: ["False"] for number in range(4)}
-
-
-@contextlib.contextmanager
-def signal_when(condition, number):
-    """Sends this process's main thread a signal as soon as the condition holds."""
-
-    def send():
-        wait_for(condition)
-        signal.pthread_kill(threading.main_thread().ident, number)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    yield
-    thread.join()
 
 
 @pytest.mark.parametrize(
@@ -237,16 +255,16 @@ def test_searches_are_repeatable_and_train_no_point_twice(tmp_path, sampler):
         Choice("attention.block_size", (8, 16)),
         Choice("objective.kl_weight", (1.0,)),
     )
-    chosen = make_sweep(sampler=sampler, trials=12, parameters=parameters)
+    chosen = make_sweep(sampler=sampler, trials=8, parameters=parameters)
     drawn = []
     for name in ("a", "b"):
         worker, study = open_worker(tmp_path / name, chosen)
         worker.run()
-        assert states(study) == ["COMPLETE"] * 12
+        assert states(study) == ["COMPLETE"] * 8
         drawn.append([trial.params for trial in study.get_trials()])
         repeated = [trial for trial in study.get_trials() if "same_as" in trial.user_attrs]
-        assert len(starts(tmp_path / name)) == 12 - len(repeated)
-        assert len(repeated) >= 12 - 4  # 12 draws of 4 points
+        assert len(starts(tmp_path / name)) == 8 - len(repeated)
+        assert len(repeated) >= 8 - 4  # 8 draws of 4 points
         for trial in repeated:
             first = study.get_trials()[trial.user_attrs["same_as"]]
             assert (trial.params, trial.values) == (first.params, first.values)
@@ -300,125 +318,3 @@ def test_another_sweep_does_not_join_the_study(tmp_path):
     with pytest.raises(cli.UsageError, match=r"config\.train\.steps: there 400, here 7"):
         open_worker(tmp_path, make_sweep(overrides={"train.steps": 7}))
     open_worker(tmp_path, make_sweep(trials=3))
-
-
-SWEEP_FILE = """
-from msa_jax.train.sweep import Choice, FloatRange, Objective, Sweep
-
-def get_sweep(arg=""):
-    return Sweep(
-        config="configs/quickstart.py",
-        parameters=(Choice("attention.top_k", (2, 4)), {parameter}),
-        objectives=(Objective("validation_loss", "minimize"),),
-        sampler="random",
-        trials=4,
-    )
-"""
-
-
-@pytest.mark.parametrize(
-    ("parameter", "arguments", "parts"),
-    [
-        ("", ["--trials=0"], ["--trials=0"]),
-        ("", ["--stray"], ["Unknown command line flag 'stray'"]),
-        ("", ["--workdir="], ["--workdir is missing"]),
-        ("", ["--config=configs/quickstart.py"], ["--config: the base config is named in"]),
-        ("", ["--config.attention.topk=2"], ["attention.topk", "attention.top_k?"]),
-        ("", ["--config.attention.top_k=2"], ["attention.top_k: the sweep varies this field"]),
-        ("", ["--storage=redis://host"], ["--storage=redis://host: use postgresql://"]),
-        ("", ["--storage=sqlite:////absent/a.db"], ["cannot be opened: ", "unable to open"]),
-        ("", ["--report"], ["--report: no study"]),
-        ("Choice('attention.topk', (1, 2))", [], ["no such field", "attention.top_k?"]),
-        ("Choice('attention', (1, 2))", [], ["it is a section"]),
-        ("Choice('train.steps', (1, 'two'))", [], ["config.train.steps=two"]),
-        ("Choice('attention.top_k', (8,))", [], ["parameters", "name each only once"]),
-        ("FloatRange('train.steps', 1.5, 2.5)", [], ["config.train.steps=1.5"]),
-        ("absent", [], ["line 7: NameError: name 'absent'"]),
-    ],
-)
-def test_a_mistake_is_one_line_before_anything_runs(
-    tmp_path, monkeypatch, capsys, parameter, arguments, parts
-):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("experiments.sweeping.storage._OPEN_ATTEMPTS", 1)
-    file, workdir = tmp_path / "file.py", tmp_path / "out"
-    workdir.mkdir()
-    file.write_text(SWEEP_FILE.format(parameter=parameter))
-    command = ["sweep", f"--sweep={file}", f"--workdir={workdir}", *arguments]
-    assert cli.run(sweep.main, command) == 2
-    output, error = capsys.readouterr()
-    assert output == ""
-    assert error.count("\n") == 1, error
-    for part in parts:
-        assert part in error
-    assert not (workdir / "trials").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        ([], "--sweep is missing"),
-        (["--sweep=absent.py"], "--sweep=absent.py: there is no file 'absent.py'"),
-        (["--sweep"], "--sweep is empty"),
-        (["--sweep=configs/quickstart.py"], "has no attribute 'get_sweep'"),
-    ],
-)
-def test_a_missing_sweep_is_one_line(monkeypatch, capsys, arguments, part):
-    monkeypatch.chdir(ROOT)
-    assert cli.run(sweep.main, ["sweep", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert part in error
-
-
-def test_without_optuna_the_extra_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    command = ["--sweep=configs/sweeps/quickstart.py", f"--workdir={tmp_path}/out"]
-    assert cli.run(sweep.main, ["sweep", *command]) == 2
-    assert "pip install 'msa-jax[sweeps]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("file", "trials"),
-    [("quickstart.py", 12), ("sparsity.py", 120), ("sparsity.py:grid", 3840)],
-)
-def test_the_sweeps_of_this_repository_are_valid(monkeypatch, file, trials):
-    monkeypatch.chdir(ROOT)
-    chosen = cli.load_file("sweep", f"configs/sweeps/{file}", "get_sweep")
-    sweep_cases.space_of(chosen)
-    assert chosen.total_trials == trials
-
-
-def test_the_command_trains_is_interrupted_and_goes_on(tmp_path, monkeypatch):
-    """A real point, stopped half way; then the files that people read."""
-    rng = np.random.default_rng(0)
-    for index in range(30):
-        words = rng.choice(["alpha", "beta", "gamma", "def f(x):", "return"], 40)
-        (tmp_path / f"{index}.txt").write_text("\n".join(words), encoding="utf-8")
-    workdir = tmp_path / "out"
-    arguments = ["--sweep=configs/sweeps/quickstart.py", f"--workdir={workdir}", "--trials=1"]
-    data = ["--config.data.source=files", f"--config.data.files={tmp_path}/*.txt"]
-    loop = {"steps": 100, "log_every": 1, "checkpoint_every": 100}
-    short = [f"--config.train.{field}={value}" for field, value in loop.items()]
-    command = ["sweep", *arguments, *data, *short]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-    begun = trial_folder(workdir, 0) / "manifest.json"
-    metrics = begun.with_name("metrics.jsonl")
-    with signal_when(lambda: metrics.exists() and metrics.stat().st_size, signal.SIGINT):
-        assert cli.run(sweep.main, command) == 128 + signal.SIGINT
-    assert list((trial_folder(workdir, 0) / "checkpoints").iterdir())
-    assert cli.run(sweep.main, command) == 0
-    starts = json.loads(begun.read_text())["starts"]
-    first, second = (start["resumed_from_step"] for start in starts)
-    assert first is None
-    assert 1 <= second < 100
-    attention = starts[1]["config"]["attention"]
-    assert (attention["top_k"], attention["block_size"], attention["index_dim"]) == (2, 8, 8)
-    evaluation = json.loads((trial_folder(workdir, 0) / "evaluation.json").read_text())
-    (row,) = csv.DictReader((workdir / "results.csv").read_text().splitlines())
-    assert (row["number"], row["state"], row["attention.top_k"]) == ("0", "complete", "2")
-    assert float(row["validation_loss"]) == evaluation["loss"]
-    assert float(row["score_recall"]) == np.mean(evaluation["layers"]["score_recall"])
-    assert "1 complete" in (workdir / "report.html").read_text()
