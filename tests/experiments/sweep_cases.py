@@ -43,7 +43,8 @@ def stop(number, frame):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 (folder / "ready").write_text("")
-while (sweep / "hold").exists():
+patience = time.monotonic() + 200
+while (sweep / "hold").exists() and time.monotonic() < patience:
     time.sleep(0.005)
 top_k = int(flags["config.attention.top_k"])
 size = int(flags["config.attention.block_size"])

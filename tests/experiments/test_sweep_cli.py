@@ -52,6 +52,7 @@ def test_a_mistake_is_one_line_before_anything_runs(
 ):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("experiments.sweeping.storage._OPEN_ATTEMPTS", 1)
+    monkeypatch.setattr("experiments.sweeping.worker.Worker.run", lambda self: pytest.fail("ran"))
     file, workdir = tmp_path / "file.py", tmp_path / "out"
     workdir.mkdir()
     file.write_text(SWEEP_FILE.format(parameter=parameter))
