@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -113,7 +114,7 @@ def parse_with_config(
     """
     values = flags.FlagValues()
     define_flags(values)
-    path, rest = _take_config_path(argv)
+    path, rest = take_flag(argv, "config")
     if path is None:
         _parse([argument for argument in rest if not _override(argument)], values, usage)
         raise UsageError("--config is missing: name a file, --config=configs/quickstart.py")
@@ -139,19 +140,23 @@ def _parse(argv: Sequence[str], values: flags.FlagValues, usage: str) -> flags.F
     return values
 
 
-def _take_config_path(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of the last `--config`, and the command line without it."""
+def take_flag(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of the last `--flag`, a file, and the command line without it.
+
+    Raises:
+      UsageError: the flag stands there without a value.
+    """
     path, rest, pending = None, [], False
     for argument in argv:
         name, equals, value = argument.partition("=")
         if pending:
             path, pending = argument, False
-        elif name in ("--config", "-config"):
+        elif name in (f"--{flag}", f"-{flag}"):
             path, pending = value, not equals
         else:
             rest.append(argument)
     if pending:
-        raise UsageError("--config is empty: name a file, --config=configs/quickstart.py")
+        raise UsageError(f"--{flag} is empty: name a file, --{flag}=FILE.py")
     return path, rest
 
 
@@ -165,8 +170,13 @@ def load_config(flag: str, value: str) -> ExperimentConfig:
     return from_config_dict(ExperimentConfig, _load_config(flag, value))
 
 
-def _load_config(flag: str, value: str) -> ml_collections.ConfigDict:
-    """What `get_config` of `file.py[:argument]` returns."""
+def load_file(flag: str, value: str, function: str) -> Any:
+    """What `function` of `file.py[:argument]`, the value of `--flag`, returns.
+
+    Raises:
+      UsageError: there is no such file, or it fails.
+      ConfigError: it makes a config that cannot work.
+    """
     name, colon, argument = value.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
@@ -177,7 +187,7 @@ def _load_config(flag: str, value: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if colon else []))
+        return getattr(module, function)(*([argument] if colon else []))
     except ConfigError:
         raise
     except Exception as error:
@@ -185,6 +195,11 @@ def _load_config(flag: str, value: str) -> ml_collections.ConfigDict:
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename.endswith(name)]
         where = f"{name}{lines[-1] if lines else ''}"
         raise UsageError(f"--{flag}={value}: {where}: {type(error).__name__}: {error}") from error
+
+
+def _load_config(flag: str, value: str) -> ml_collections.ConfigDict:
+    """What `get_config` of `file.py[:argument]` returns."""
+    config = load_file(flag, value, "get_config")
     if not isinstance(config, ml_collections.ConfigDict):
         raise UsageError(
             f"--{flag}={value}: get_config() returned a {type(config).__name__}; "

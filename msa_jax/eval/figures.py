@@ -108,7 +108,7 @@ def loss_curves(curves: Mapping[str, LossCurve]) -> str:
             name = f"{label} validation (training: thin line)"
             axes.plot(curve.validation_steps, curve.validation_loss, label=name, **look)
         _labels(axes, "optimizer step", "loss (nats per token)")
-        return _finish(figure)
+        return finish(figure)
 
 
 def loss_gap(steps: np.ndarray, percent: np.ndarray, label: str, reference: str) -> str:
@@ -120,7 +120,7 @@ def loss_gap(steps: np.ndarray, percent: np.ndarray, label: str, reference: str)
         bound = 1.15 * max(np.nanmax(np.abs(percent)), 1.0)
         axes.set_ylim(-bound, bound)
         _labels(axes, "optimizer step", f"{label} loss above {reference} (%)")
-        return _finish(figure)
+        return finish(figure)
 
 
 def recall(
@@ -142,7 +142,7 @@ def recall(
             axes.fill_between(steps[name], low, high, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_ylim(0, 1.02)
         _labels(axes, "optimizer step", "recall (1 = everything)")
-        return _finish(figure)
+        return finish(figure)
 
 
 def kl_per_layer(steps: np.ndarray, values: np.ndarray, layers: Sequence[int], warmup: int) -> str:
@@ -172,7 +172,7 @@ def kl_per_layer(steps: np.ndarray, values: np.ndarray, layers: Sequence[int], w
         bar.set_ticks(shown, labels=[str(layers[index]) for index in shown])
         bar.ax.yaxis.set_minor_locator(NullLocator())
         _labels(axes, "optimizer step", "KL (nats)")
-        return _finish(figure)
+        return finish(figure)
 
 
 def expert_load(loads: Mapping[str, np.ndarray], layers: Mapping[str, Sequence[int]]) -> str:
@@ -201,7 +201,7 @@ def expert_load(loads: Mapping[str, np.ndarray], layers: Mapping[str, Sequence[i
             _labels(axes, "expert", "layer" if axes is panels[0] else "", steps=False)
         scale = ScalarMappable(norm, "PuOr_r")
         figure.colorbar(scale, ax=panels, label="load (1 = even)", ticks=[0, 0.5, 1, top])
-        return _finish(figure)
+        return finish(figure)
 
 
 def selection_states(block_ids: np.ndarray, segment_ids: np.ndarray, block_size: int) -> np.ndarray:
@@ -264,7 +264,7 @@ def selected_blocks(block_ids: np.ndarray, segment_ids: np.ndarray, block_size: 
             Patch(facecolor=fill, label=name)
             for fill, name in zip((SELECTED, LOCAL, UNSELECTED), names, strict=True)
         ]
-        return _finish(figure, patches, columns=2)
+        return finish(figure, patches, columns=2)
 
 
 def loss_by_position(edges: Mapping[str, np.ndarray], losses: Mapping[str, np.ndarray]) -> str:
@@ -281,7 +281,7 @@ def loss_by_position(edges: Mapping[str, np.ndarray], losses: Mapping[str, np.nd
             axes.plot(middle, loss, label=label, **_look(index))
         _log_tokens(axes)
         _labels(axes, "position in the document (tokens)", "loss (nats per token)", steps=False)
-        return _finish(figure)
+        return finish(figure)
 
 
 def by_context(
@@ -318,7 +318,7 @@ def by_context(
         else:
             axes.set_ylim(bottom=0)
         _labels(axes, "context (tokens)", quantity, steps=False)
-        return _finish(figure, columns=2 if len(values) > 2 else 1)
+        return finish(figure, columns=2 if len(values) > 2 else 1)
 
 
 def short_length(tokens: int) -> str:
@@ -362,7 +362,7 @@ def _labels(axes: Axes, x: str, y: str, *, steps: bool = True) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _finish(figure: Figure, handles: Sequence[Artist] | None = None, *, columns: int = 1) -> str:
+def finish(figure: Figure, handles: Sequence[Artist] | None = None, *, columns: int = 1) -> str:
     """Puts the legend below the axes and returns the figure as an SVG element."""
     if handles is None:
         handles = figure.axes[0].get_legend_handles_labels()[0]

@@ -17,6 +17,7 @@ p{max-width:75ch}
 .grid{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr))}
 figure{margin:0;min-width:0}
 figure svg{display:block;width:100%;height:auto;max-width:600px}
+figure.wide svg{max-width:1100px}
 figcaption,.note{color:var(--muted);font-size:.875rem;max-width:75ch}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
@@ -68,10 +69,17 @@ def note(value: str) -> str:
     return f"<p class=note>{text(value)}</p>"
 
 
-def figure(svg: str, caption: str) -> str:
-    """A figure of `msa_jax.eval.figures` with its caption, which also describes it to readers."""
+def figure(svg: str, caption: str, *, wide: bool = False) -> str:
+    """A figure of `msa_jax.eval.figures` with its caption, which also describes it to readers.
+
+    Args:
+      svg: as the figure functions return it.
+      caption: plain text.
+      wide: over the width of the page instead of a column.
+    """
     described = svg.replace("<svg ", f'<svg role="img" aria-label="{text(caption)}" ', 1)
-    return f"<figure>{described}<figcaption>{text(caption)}</figcaption></figure>"
+    style = " class=wide" if wide else ""
+    return f"<figure{style}>{described}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def grid(parts: Sequence[str]) -> str:

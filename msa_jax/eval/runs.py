@@ -141,7 +141,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         config = from_config_dict(ExperimentConfig, starts[-1]["config"])
     except ConfigError as error:
         raise RunFileError(f"{manifest_path}: {error}") from error
-    evaluation = _read_evaluation(folder / "evaluation.json")
+    evaluation = read_evaluation(folder / "evaluation.json")
     train, validation = _read_records(metrics_path(folder))
     selection = None
     if any(config.computes_selection(layer) for layer in range(config.model.num_layers)):
@@ -219,7 +219,12 @@ def _read_records(path: pathlib.Path) -> tuple[Records, Records]:
     return splits[0], splits[1]
 
 
-def _read_evaluation(path: pathlib.Path) -> Evaluation:
+def read_evaluation(path: pathlib.Path) -> Evaluation:
+    """Reads an `evaluation.json`.
+
+    Raises:
+      RunFileError: it is missing or damaged.
+    """
     values = _json_object(_existing(path))
     fields = {field.name: field for field in dataclasses.fields(Evaluation)}
     hints = typing.get_type_hints(Evaluation)

@@ -1,0 +1,1 @@
+"""Sweeps, one file each; see each docstring for its command."""
