@@ -136,6 +136,17 @@ def checkpoint_directory(workdir: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
+def checkpoint_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps of the checkpoints that a run has kept, ascending, at least one.
+
+    Raises:
+      CheckpointError: there are none.
+    """
+    with _reader(workdir) as manager:
+        _find_step(manager, checkpoint_directory(workdir), None)
+        return sorted(manager.all_steps())
+
+
 def load_config(workdir: str | os.PathLike[str], *, step: int | None = None) -> ExperimentConfig:
     """The config that a checkpoint was saved with, by default the latest one's.
 
