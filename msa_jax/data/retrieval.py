@@ -17,7 +17,7 @@ from msa_jax.data.haystack import Haystack, filler_haystack
 from msa_jax.data.retrieval_tasks import MAX_KEYS, NEEDLE_TASKS, NUM_WRONG, WORD_TASKS
 from msa_jax.train.config import RetrievalTask
 
-TASKS = (*NEEDLE_TASKS, *WORD_TASKS, "associative_recall")
+TASKS: tuple[RetrievalTask, ...] = (*NEEDLE_TASKS, *WORD_TASKS, "associative_recall")
 
 # Pairs of an associative-recall document: one of these that fits.
 _PAIRS = (2, 4, 8, 16, 32)
@@ -112,7 +112,7 @@ def shortest_length(task: RetrievalTask, *, num_keys: int = 4) -> int:
 
 
 @functools.cache
-def _shortest(task: str, num_keys: int) -> int:
+def _shortest(task: RetrievalTask, num_keys: int) -> int:
     lengths = []
     for seed in range(16):  # a task may ask in several ways
         rng, spare = np.random.default_rng(seed), np.random.default_rng(seed)
@@ -229,5 +229,5 @@ def _wrong(
         return tuple(_answer((text,)) for text in others[:NUM_WRONG])
     found: dict[str, None] = {}
     while len(found) < NUM_WRONG:
-        found[_answer(spare.choice(others, len(parts), replace=False))] = None
+        found[_answer(spare.choice(others, len(parts), replace=False).tolist())] = None
     return tuple(found)

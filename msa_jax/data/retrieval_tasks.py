@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msa_jax.train.config import RetrievalTask
+
 # Words, names and codes are of one length each, so that the shortest example's length does not
 # depend on the draw.
 KEYS = (
@@ -145,7 +147,9 @@ def _question_answering(
 
 # Each takes how many keys there are and two generators: of what stands in the text, and of what
 # only the wrong answers say.
-NEEDLE_TASKS: dict[str, Callable[[int, np.random.Generator, np.random.Generator], Draw]] = {
+NEEDLE_TASKS: dict[
+    RetrievalTask, Callable[[int, np.random.Generator, np.random.Generator], Draw]
+] = {
     "passkey": _passkey,
     "multi_key": _multi_key,
     "multi_value": _multi_value,
@@ -182,7 +186,7 @@ def _frequent_words(count: int, rng: np.random.Generator, spare: np.random.Gener
 
 # The fewest words that it works with, and what takes their number and generators as above.
 WORD_TASKS: dict[
-    str, tuple[int, Callable[[int, np.random.Generator, np.random.Generator], WordDraw]]
+    RetrievalTask, tuple[int, Callable[[int, np.random.Generator, np.random.Generator], WordDraw]]
 ] = {
     "common_words": (3 * _COMMON, _common_words),
     "frequent_words": (40, _frequent_words),
