@@ -11,7 +11,7 @@ scores mean.
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, get_args
 
 import rich.console
 import rich.table
@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmarking.cases import parse_length
-from msa_jax.config import ConfigError
+from msa_jax.config import ConfigError, require_choice
 from msa_jax.eval.long_context import Cell, HaystackText, LongContextConfig, ResultsFile, Task
 from msa_jax.eval.long_context_page import describe, summary_table, write_page
 from msa_jax.eval.long_context_run import evaluate, open_results
@@ -48,15 +48,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _settings(values: flags.FlagValues) -> LongContextConfig:
+    for task in values.tasks:
+        require_choice("--tasks", task, Task)
     return LongContextConfig(
-        tasks=tuple(cast(Task, name) for name in values.tasks),
+        tasks=tuple(values.tasks),
         lengths=tuple(_tokens("lengths", text) for text in values.lengths),
         texts=tuple(values.text),
         tokens=_tokens("tokens", values.tokens),
         examples=values.examples,
         depths=values.depths,
         pairs=tuple(_tokens("pairs", text) for text in values.pairs),
-        haystack=cast(HaystackText, values.haystack),
+        haystack=values.haystack,
         batch_tokens=_tokens("batch_tokens", values.batch_tokens),
         seed=values.seed,
     )
@@ -100,7 +102,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("examples", default.examples, "prompts per task and length", **add)
     flags.DEFINE_integer("depths", default.depths, "needle positions", **add)
     flags.DEFINE_list("pairs", list(map(str, default.pairs)), "pairs of associative recall", **add)
-    flags.DEFINE_string("haystack", "filler", "what hides needles: filler or validation", **add)
+    flags.DEFINE_enum("haystack", "filler", get_args(HaystackText), "what hides needles", **add)
     flags.DEFINE_string("batch_tokens", "16K", "tokens of a batch", **add)
     flags.DEFINE_integer("seed", default.seed, "of the examples", **add)
 

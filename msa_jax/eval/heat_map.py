@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
 from msa_jax.eval import figures
 
-# One hue that darkens, from the middle of cividis outwards, which colour-blind readers see as
-# others do. Cells are opaque, so their colours are the same on every page.
-_COLOURS = matplotlib.colormaps["cividis_r"]
-_DARK_TEXT, _LIGHT_TEXT = "#101418", "#fdfdfd"
+# From orange for nothing over grey to blue for all, which colour-blind readers tell apart. Cells
+# are opaque, so that they look the same on a light and on a dark page.
+_COLOURS = LinearSegmentedColormap.from_list("share", ["#d98a52", "#dcd9d3", "#2b78b0"])
+_SIDE = 0.96  # of a cell, the rest is a gap
+# Nearly black: matplotlib leaves black out, and a page would set its own colour.
+_DARK_TEXT, _LIGHT_TEXT = "#010101", "#ffffff"
 
 
 def heat_map(
@@ -44,10 +46,10 @@ def heat_map(
                 axes.text(column, row, "-", ha="center", va="center")
                 continue
             colour = _COLOURS(float(value))
-            axes.add_patch(
-                Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="none")
-            )
-            ink = _DARK_TEXT if _luminance(colour) > 0.3 else _LIGHT_TEXT
+            corner = (column - _SIDE / 2, row - _SIDE / 2)
+            axes.add_patch(Rectangle(corner, _SIDE, _SIDE, facecolor=colour, edgecolor="none"))
+            # Where black and white contrast alike.
+            ink = _DARK_TEXT if _luminance(colour) > 0.18 else _LIGHT_TEXT
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -133,10 +133,10 @@ class ResultsFile:
         os.replace(temporary, self.path)
 
     def of_task(self, task: Task) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """The finished cells of a task, by variant as they came and by length."""
+        """The finished cells of a task: its variants in the order of the longest, then lengths."""
         cells = {parse_cell(key): values for key, values in self.cells.items()}
-        variants = list(dict.fromkeys(cell.variant for cell in cells if cell.task == task))
-        found = [cell for cell in cells if cell.task == task]
+        found = sorted((c for c in cells if c.task == task), key=lambda cell: -cell.length)
+        variants = list(dict.fromkeys(cell.variant for cell in found))
         for cell in sorted(found, key=lambda cell: (variants.index(cell.variant), cell.length)):
             yield cell, cells[cell]
 

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,12 @@ _NOTES = (
 )
 
 
-def summary_table(results: ResultsFile) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a run's results: a row per score, a column per length."""
-    cells = [pair for task in _HEADLINES for pair in results.of_task(task)]
+def summary_table(
+    results: ResultsFile, *, without: Collection[Task] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of results: a row per score, `without` some tasks, a column per length."""
+    tasks = [task for task in _HEADLINES if task not in without]
+    cells = [pair for task in tasks for pair in results.of_task(task)]
     lengths = sorted({cell.length for cell, _ in cells})
     rows: dict[str, dict[int, str]] = {}
     for cell, values in cells:
@@ -98,8 +101,8 @@ def render_page(runs: Results, grid: Callable[[Mapping[str, CaptionedFigure]], s
     """The page as a string; `grid` sets figures."""
     body = []
     for label, results in runs.items():
-        steps = f"{label}: {results.identity['kind']}, {results.identity['step']:,} steps"
-        body.append(page.section(steps, page.table(*summary_table(results))))
+        title = f"{label}, {results.identity['step']:,} steps"
+        body.append(page.section(title, page.table(*summary_table(results, without=("ruler",)))))
     body.append(page.note(_NOTES))
     sections = {
         "Loss": text_figures(runs),
@@ -112,12 +115,13 @@ def render_page(runs: Results, grid: Callable[[Mapping[str, CaptionedFigure]], s
         if parts:
             body.append(page.section(title, grid(parts)))
     for label, results in runs.items():
-        tables = "".join(_layer_tables(results))
-        if tables:
-            body.append(page.section(f"Layers of {label}", tables))
         facts = [[name, str(value)] for name, value in results.identity.items()]
-        table = page.table(["", label], facts, style="facts")
-        body.append(page.section(f"How {label} was evaluated", table))
+        parts = [
+            page.details("All scores", page.table(*summary_table(results))),
+            *_layer_tables(results),
+            page.details("Checkpoint and settings", page.table(["", label], facts, style="facts")),
+        ]
+        body.append(page.section(f"Details of {label}", "".join(parts)))
     return page.document("Long-context evaluation", "".join(body))
 
 
@@ -136,6 +140,6 @@ def _layer_tables(results: ResultsFile) -> Iterable[str]:
             [str(layer), *(f"{values[name][place]:.3f}" for name in names)]
             for place, layer in enumerate(values["layers"])
         ]
-        title = f"{cell.variant}, {figures.short_length(cell.length)}"
+        title = f"Selection of every layer: {cell.variant}, {figures.short_length(cell.length)}"
         head = ["layer", *(name.replace("_", " ") for name in names)]
         yield page.details(title, page.table(head, rows))

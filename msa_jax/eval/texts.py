@@ -57,8 +57,12 @@ def open_text(config: DataConfig, name: str) -> Corpus:
                 'data.source="retrieval" has no held-out text: name files, --text=GLOB'
             )
         return open_corpus(config)[1]
-    files, label = find_files(dataclasses.replace(config, source="files", files=name))
-    return Corpus(files, text_field=config.text_field, label=label.replace("data.files", "--text"))
+    label = f"--text={name}"
+    try:
+        files, _ = find_files(dataclasses.replace(config, source="files", files=name))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"data.files={name!r}", label)) from None
+    return Corpus(files, text_field=config.text_field, label=label)
 
 
 def read_stream(
@@ -66,21 +70,35 @@ def read_stream(
 ) -> TextStream:
     """`num_tokens` of a text, or all there are: the beginnings of long documents.
 
-    No document gives more than an eighth, so that at least eight speak for the text.
+    No document gives more than an eighth, so that at least eight speak for the text, or as little
+    more as it takes where there are not so many.
 
     Raises:
       ConfigError: there is no text, or it cannot be read.
     """
+    documents = _long_documents(config, name, num_tokens * _BYTES_PER_TOKEN)
+    parts = _DOCUMENTS
+    tokens = _join(documents, tokenizer, num_tokens, -(-num_tokens // parts))
+    while len(tokens) <= num_tokens and parts > 1:
+        parts //= 2
+        tokens = _join(documents, tokenizer, num_tokens, -(-num_tokens // parts))
+    return TextStream(name, tokens)
+
+
+def _join(
+    documents: Sequence[str], tokenizer: Tokenizer, num_tokens: int, limit: int
+) -> np.ndarray:
+    """Up to `num_tokens` + 1 ids, the first `limit` of each document; of the last one more."""
     separator = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
     parts, count = [], 0
-    for document in _long_documents(config, name, num_tokens * _BYTES_PER_TOKEN):
+    for document in documents:
         ids = np.asarray([*separator, *tokenizer.encode(document)], np.int32)
-        ids = ids[: -(-num_tokens // _DOCUMENTS)]
-        parts.append(ids)
-        count += len(ids)
+        left = num_tokens - count
+        parts.append(ids[: left + 1 if left <= limit else limit])
+        count += len(parts[-1])
         if count > num_tokens:
             break
-    return TextStream(name, np.concatenate(parts)[: num_tokens + 1])
+    return np.concatenate(parts)
 
 
 def read_haystack(
