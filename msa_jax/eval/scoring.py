@@ -74,7 +74,7 @@ def score_answers(
     Args:
       model: on one device.
       prompts: all of one length.
-      candidates: answers, padded on the right; what padding scores means nothing.
+      candidates: answers, padded on the right to A > 1; what padding scores means nothing.
       max_new_tokens: of the greedy continuation.
     """
     room = max(max_new_tokens, candidates.shape[-1])
@@ -83,9 +83,8 @@ def score_answers(
     tokens = decode(model, cache, logits, jax.random.split(jax.random.key(0), max_new_tokens))
 
     def score(answer: Int[Array, "B A"]) -> Float[Array, "B A"]:
-        ahead = model(answer[:, :-1], cache=cache).logits if answer.shape[1] > 1 else None
-        parts = [logits[:, None]] if ahead is None else [logits[:, None], ahead]
-        log_probs = jax.nn.log_softmax(jnp.concatenate(parts, axis=1))
+        ahead = model(answer[:, :-1], cache=cache).logits
+        log_probs = jax.nn.log_softmax(jnp.concatenate([logits[:, None], ahead], axis=1))
         return jnp.take_along_axis(log_probs, answer[..., None], axis=-1)[..., 0]
 
     log_probs = jax.lax.map(score, candidates.swapaxes(0, 1))

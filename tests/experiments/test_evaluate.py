@@ -5,12 +5,16 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from tiny_runs import save_tiny_run, tiny_config, write_corpus
 
 from experiments import cli, evaluate
 from msa_jax.attention.diagnostics import SELECTION_METRICS
+from msa_jax.eval.long_context import Cell, LongContextConfig
 from msa_jax.eval.long_context_run import measure
+from msa_jax.eval.scoring import AnswerScores
+from msa_jax.eval.subject import load_subject
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -103,6 +107,25 @@ def test_runs_of_other_kinds_share_the_page_and_repeat_nothing(finished, capsys,
     for name in ("loss_by_length", "needle_choice_msa", "ruler_recall_msa", "overlap_msa"):
         assert (finished / "out" / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(("haystack", "word"), [("filler", "forest"), ("validation", "return")])
+def test_needles_hide_where_they_are_told_to(haystack, word, finished, monkeypatch):
+    asked = []
+
+    def answer(model, prompts, candidates, *, max_new_tokens):
+        asked.extend(bytes(row[1:].tolist()).decode() for row in prompts)
+        return AnswerScores(np.zeros((len(prompts), 32), int), np.zeros(candidates.shape))
+
+    monkeypatch.setattr("msa_jax.eval.retrieval_scores.score_answers", answer)
+    settings = LongContextConfig(lengths=(512,), haystack=haystack, depths=2, examples=4)
+    subject = load_subject(finished / "msa", settings)
+    measure(subject, Cell("needle", "passkey", 512))
+    assert len(asked) == 8
+    assert {len(text) for text in asked} == {512 - 32 - 1}
+    for other in ("forest", "return"):
+        # Behind what fills up the front.
+        assert any(other in text[100:] for text in asked) == (other == word)
 
 
 @pytest.mark.parametrize(

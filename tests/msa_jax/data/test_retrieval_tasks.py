@@ -142,6 +142,11 @@ def test_a_haystack_of_text_is_read_in_order_and_never_answers():
     numbers = [int(number) for number in re.findall(r"line (\d+)", context)]
     assert numbers == [(numbers[0] + place) % 90 for place in range(len(numbers))]
     assert 900 - 20 <= len(example.document) <= 900
+    starts = {
+        retrieval_example("passkey", length=200, seed=0, index=index, haystack=haystack).prompt[:8]
+        for index in range(20)
+    }
+    assert len(starts) > 10
     spoilt = Haystack([f"The pass key is not{example.answer}. "], in_order=True)
     again = retrieval_example("passkey", length=900, seed=0, index=5, haystack=spoilt)
     assert again.answer == example.answer
