@@ -79,9 +79,7 @@ def selection_metrics(
         (free & chose[..., None]).sum((-2, -1), keepdims=True)[..., 0], 1
     )
     entropy = -(frequency * jnp.log(jnp.maximum(frequency, 1e-30))).sum(-1)
-    overlaps = _overlaps(
-        free, chose, segments_at(segment_ids, query_slots(q.shape[0], q.shape[1], query_offset))
-    )
+    overlaps = _overlaps(free, chose, _documents(segment_ids, q, query_offset))
     return {
         "score_recall": share(best & selected, best),
         "block_recall": mean((best & selected).sum(-1) / jnp.maximum(best.sum(-1), 1)),
@@ -116,18 +114,30 @@ def selection_overlap(
     return (shares * chose).sum() / jnp.maximum(chose.sum(), 1)
 
 
+def _documents(
+    segment_ids: Int[Array, "B S"] | None, q: Array, query_offset: int | Int[Array, "B"]
+) -> Int[Array, "B T"] | None:
+    """The document of each query, None if there is only one."""
+    if segment_ids is None or segment_ids.shape[1] == q.shape[1]:
+        return segment_ids  # queries sit in all slots
+    return segments_at(segment_ids, query_slots(q.shape[0], q.shape[1], query_offset))
+
+
 def _overlaps(
-    free: Bool[Array, "B Hkv T N"], chose: Bool[Array, "B Hkv T"], documents: Int[Array, "B T"]
+    free: Bool[Array, "B Hkv T N"],
+    chose: Bool[Array, "B Hkv T"],
+    documents: Int[Array, "B T"] | None,
 ) -> dict[str, Float[Array, ""]]:
     """Agreement of neighbours in a document, by distance; 0 without any."""
     free = constrain(free, "batch", "heads", None, None)
     chose = constrain(chose, "batch", "heads", None)
-    documents = constrain(documents, "batch", None)
+    documents = None if documents is None else constrain(documents, "batch", None)
     found = {}
     for distance in OVERLAP_DISTANCES:
         early, late = free[:, :, :-distance], free[:, :, distance:]
-        same = documents[:, :-distance] == documents[:, distance:]
-        counted = chose[:, :, :-distance] & chose[:, :, distance:] & same[:, None]
+        counted = chose[:, :, :-distance] & chose[:, :, distance:]
+        if documents is not None:
+            counted &= (documents[:, :-distance] == documents[:, distance:])[:, None]
         shares = (early & late).sum(-1) / jnp.maximum(early.sum(-1), 1)
         mean = (shares * counted).sum() / jnp.maximum(counted.sum(), 1)
         found[f"overlap_{distance}"] = mean

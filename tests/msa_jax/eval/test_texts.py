@@ -7,6 +7,7 @@ import pytest
 from tiny_runs import CONFIG
 
 from msa_jax.config import ConfigError
+from msa_jax.data.corpus import open_corpus
 from msa_jax.data.tokenizer import ByteTokenizer
 from msa_jax.eval.texts import VALIDATION, read_haystack, read_stream
 
@@ -57,6 +58,9 @@ def test_validation_is_the_held_out_part(corpus):
     held_out = read_stream(data(corpus), TOKENIZER, VALIDATION, num_tokens=100_000)
     everything = read_stream(data(), TOKENIZER, corpus, num_tokens=100_000)
     assert 0 < len(held_out.tokens) < len(everything.tokens) == 21_020
+    documents = {document for chunk in open_corpus(data(corpus))[1] for document in chunk}
+    text = "".join(chr(token) for token in held_out.tokens)
+    assert set(text.split(chr(255))[1:]) == documents
     again = read_stream(data(corpus), TOKENIZER, VALIDATION, num_tokens=100_000)
     np.testing.assert_array_equal(held_out.tokens, again.tokens)
 
