@@ -1,10 +1,11 @@
 """Text generation: one prefill, then one token at a time from the cache."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from msa_jax.cache import after_prompts, before_prompts
 from msa_jax.model import Transformer
@@ -50,11 +51,51 @@ def generate(
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "temperature", "top_p", "stop"))
 def _generate(model, prompts, prompt_lengths, key, max_new_tokens, temperature, top_p, stop):
+    cache, last = prefill(model, prompts, max_new_tokens, prompt_lengths=prompt_lengths)
+    keys = jax.random.split(key, max_new_tokens)
+    return decode(model, cache, last, keys, temperature=temperature, top_p=top_p, stop=stop)
+
+
+def prefill(
+    model: Transformer,
+    prompts: Int[Array, "B T"],
+    max_new_tokens: int,
+    *,
+    prompt_lengths: Int[Array, "B"] | None = None,
+) -> tuple[Any, Float[Array, "B V"]]:
+    """The cache of prompts, with room for `max_new_tokens` more, and the logits behind each.
+
+    `prompts` and `prompt_lengths` are as in `generate`; nothing checks them. Only the last logits
+    are computed.
+    """
     batch, width = prompts.shape
-    cache = before_prompts(model.init_cache(batch, width + max_new_tokens), prompt_lengths)
-    output = model(prompts, cache=cache)
-    cache = after_prompts(output.cache, prompt_lengths)
-    last = jnp.take_along_axis(output.logits, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
+    empty = model.init_cache(batch, width + max_new_tokens)
+    if prompt_lengths is None:
+        x, cache, _ = model.hidden_states(prompts, cache=empty)
+        x = x[:, -1:]
+    else:
+        # What lies behind each prompt is padding: the next tokens go there.
+        x, cache, _ = model.hidden_states(prompts, cache=before_prompts(empty, prompt_lengths))
+        cache = after_prompts(cache, prompt_lengths)
+        x = jnp.take_along_axis(x, (prompt_lengths - 1)[:, None, None], axis=1)
+    return cache, model.embedding.decode(x)[:, 0]
+
+
+def decode(
+    model: Transformer,
+    cache: Any,
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "N"],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: int = -1,
+) -> Int[Array, "B N"]:
+    """Tokens one at a time from what `prefill` returned, one for each of the N random keys.
+
+    Sampling is as in `generate`; `stop` is its `stop_token`, -1 for none.
+    """
+    batch = logits.shape[0]
 
     def step(carry, key):
         cache, logits, stopped = carry
@@ -63,8 +104,7 @@ def _generate(model, prompts, prompt_lengths, key, max_new_tokens, temperature, 
         output = model(token[:, None], cache=cache)
         return (output.cache, output.logits[:, 0], stopped | (token == stop)), token
 
-    start = (cache, last, jnp.zeros(batch, bool))
-    _, tokens = jax.lax.scan(step, start, jax.random.split(key, max_new_tokens))
+    _, tokens = jax.lax.scan(step, (cache, logits, jnp.zeros(batch, bool)), keys)
     return tokens.T
 
 

@@ -190,6 +190,21 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: a document off a block boundary (left padding is one such).
         """
+        x, cache, aux = self.hidden_states(
+            tokens, positions=positions, segment_ids=segment_ids, cache=cache, mode=mode
+        )
+        return ModelOutput(self.embedding.decode(x), cache, aux)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Any = None,
+        mode: Mode = Mode(),
+    ) -> tuple[Float[Array, "B T M"], Any, dict[str, Array]]:
+        """A call without the logits: `embedding.decode` makes them of any part of the states."""
         model = self.config.model
         x = self.embedding.encode(tokens)
         caches, reports = [], []
@@ -205,8 +220,7 @@ class Transformer(nnx.Module):
             name: jnp.concatenate([report[name] for report in reports if name in report])
             for name in names
         }
-        logits = self.embedding.decode(self.final_norm(x))
-        return ModelOutput(logits, None if cache is None else caches, aux)
+        return self.final_norm(x), None if cache is None else caches, aux
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         """Empty caches of every layer for `max_length` tokens per row."""

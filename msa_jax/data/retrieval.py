@@ -1,59 +1,26 @@
 """Synthetic retrieval: find what was said once, far back in a long text.
 
-"passkey" hides one needle with a number in filler text; "multi_key" hides several, each with its
-own key, and asks for one. The question and the answer stand at the end. An example is a pure
-function of its arguments: (seed, split, index) seeds everything random in it.
+Needles are hidden between sentences of filler or pieces of any text (`Haystack`); the question and
+the answer stand at the end. `msa_jax.data.retrieval_tasks` says what is hidden. An example is a
+pure function of its arguments: (seed, split, index) seeds everything random in it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 
+from msa_jax.data.associative_recall import VALUES, Split, recall_example, shortest_recall
+from msa_jax.data.haystack import Haystack, filler_haystack
+from msa_jax.data.retrieval_tasks import MAX_KEYS, NEEDLE_TASKS, NUM_WRONG, WORD_TASKS
 from msa_jax.train.config import RetrievalTask
 
-Split = Literal["train", "validation"]
+TASKS: tuple[RetrievalTask, ...] = (*NEEDLE_TASKS, *WORD_TASKS, "associative_recall")
 
-_WHO = (
-    "The gardener",
-    "A young baker",
-    "My neighbour",
-    "The old captain",
-    "A travelling painter",
-    "The schoolteacher",
-    "Her cousin",
-    "The clockmaker",
-)
-_WHAT = (
-    "carried a basket of apples",
-    "waited for the morning train",
-    "mended a wooden chair",
-    "told a long story",
-    "watched the rain fall",
-    "wrote a letter home",
-    "looked for a lost glove",
-    "hummed a quiet song",
-)
-_WHERE = (
-    "beside the mill",
-    "near the harbour",
-    "at the edge of the forest",
-    "behind the town hall",
-    "under the stone bridge",
-    "in the empty square",
-    "on the way to the market",
-    "before the shops opened",
-)
-FILLER = tuple(f"{who} {what} {where}. " for who in _WHO for what in _WHAT for where in _WHERE)
-
-# Of one length, so that the shortest example's length does not depend on the draw.
-KEYS = (
-    "amber", "brass", "cedar", "delta", "ember", "flint", "grove", "heron",
-    "ivory", "jolly", "lemon", "maple", "north", "olive", "pearl", "quiet",
-)  # fmt: skip
-_CODES = range(10_000, 100_000)
+# Pairs of an associative-recall document: one of these that fits.
+_PAIRS = (2, 4, 8, 16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +28,20 @@ class RetrievalExample:
     """One question about a long text.
 
     Attributes:
-      prompt: filler with the needles in it, then the question; ends just before the answer.
-      answer: what should follow, with its leading space; it stands once in the prompt.
-      depth: where the needle that answers lies, from 0 (start of the text) to 1 (end).
+      prompt: the text with the needles in it, then the question; ends just before the answer.
+      answer: what should follow, with its leading space.
+      depth: where the first needle that the answer needs lies, from 0 (start of the text) to 1
+        (end); None where it lies nowhere in particular.
+      parts: what the answer lists, one text or several.
+      wrong: other answers of the same form, most of them of the same length, such as the
+        distractors'.
     """
 
     prompt: str
     answer: str
-    depth: float
+    depth: float | None
+    parts: tuple[str, ...]
+    wrong: tuple[str, ...]
 
     @property
     def document(self) -> str:
@@ -86,20 +59,29 @@ def retrieval_example(
     depth: float | None = None,
     num_keys: int = 4,
     measure: Callable[[str], int] = len,
+    haystack: Haystack | None = None,
 ) -> RetrievalExample:
     """Makes example `index` of a stream.
 
     Args:
-      task: "passkey" or "multi_key".
-      length: most that prompt and answer measure together; they are at most one filler sentence
-        shorter by `len`, and somewhat more by a tokenizer, whose tokens join across sentences.
+      task: "passkey": one needle; "multi_key": several keys, one asked; "multi_value": all values
+        of one key; "multi_query": several keys, half of them asked; "variable_tracking": the
+        variables of a chain of assignments; "question_answering": facts about people, of which one
+        or two are needed; "common_words", "frequent_words": of a list of words;
+        "associative_recall": the value of a key (`msa_jax.data.associative_recall`); "mixture": any
+        of these, drawn uniformly.
+      length: most that prompt and answer measure together; they are at most one piece of the
+        haystack (or word) shorter by `len`, and somewhat more by a tokenizer, whose tokens join
+        across pieces.
       seed: of the stream.
       index: which example of the stream, from 0.
       split: "train" and "validation" examples are drawn apart.
-      depth: where the needle lies, from 0 (start) to 1 (end); None draws it.
-      num_keys: needles of a "multi_key" example, the asked one included.
+      depth: where the first needle lies, from 0 (start) to 1 (end); None draws it. Further ones
+        lie behind it.
+      num_keys: of a task with several keys, values or variables.
       measure: the length of a text; characters (here also bytes) unless told otherwise. For tokens
         give a function that counts them.
+      haystack: what needles are hidden in, by the same measure; sentences of filler by default.
 
     Raises:
       ValueError: `length` is below `shortest_length`, or an argument is out of range.
@@ -108,26 +90,42 @@ def retrieval_example(
     shortest = shortest_length(task, num_keys=num_keys)
     if length < shortest:
         raise ValueError(f"length={length}: a {task!r} example needs at least {shortest}")
-    rng = np.random.default_rng((seed, get_args(Split).index(split), index))
-    needle, distractors, question, answer = _draw_needles(task, num_keys, rng)
-    drawn_depth = rng.random()  # also when not needed: depths of one example differ in nothing else
-    depth = drawn_depth if depth is None else depth
-    filler = _draw_filler(
-        length - measure(needle + "".join(distractors) + question + answer), rng, measure
-    )
-    places = rng.random(len(distractors))
-    while True:
-        context, found = _hide(needle, distractors, places, filler, depth)
-        if not filler or measure(context + question + answer) <= length:
-            return RetrievalExample(context + question, answer, found)
-        filler = filler[:-1]
+    place = (seed, get_args(Split).index(split), index)
+    if task == "mixture":
+        task = np.random.default_rng((*place, 2)).choice(TASKS).item()
+    if task == "associative_recall":
+        return _recall(length, seed, index, split)
+    if task in WORD_TASKS:
+        return _list_words(task, length, place, measure)
+    haystack = haystack or filler_haystack(measure)
+    return _hide_needles(task, length, depth, num_keys, place, measure, haystack)
 
 
 def shortest_length(task: RetrievalTask, *, num_keys: int = 4) -> int:
     """Characters of an example without filler; no tokenizer that splits bytes makes it more."""
     _check(task, None, num_keys)
-    needle, distractors, question, answer = _draw_needles(task, num_keys, np.random.default_rng(0))
-    return len(needle + "".join(distractors) + question + answer)
+    if task == "mixture":
+        return max(shortest_length(task, num_keys=num_keys) for task in TASKS)
+    if task == "associative_recall":
+        return shortest_recall(_PAIRS[0])
+    return _shortest(task, num_keys)
+
+
+@functools.cache
+def _shortest(task: RetrievalTask, num_keys: int) -> int:
+    lengths = []
+    for seed in range(16):  # a task may ask in several ways
+        rng, spare = np.random.default_rng(seed), np.random.default_rng(seed)
+        if task in WORD_TASKS:
+            count, draw = WORD_TASKS[task]
+            words = draw(count, rng, spare)
+            context, question, answers = " ".join(words.words), words.question, words.answers
+        else:
+            needles = NEEDLE_TASKS[task](num_keys, rng, spare)
+            context = "".join((*needles.needles, *needles.distractors))
+            question, answers = needles.question, needles.answers
+        lengths.append(len(context + question + _answer(answers)))
+    return max(lengths)
 
 
 def _check(task: str, depth: float | None, num_keys: int) -> None:
@@ -135,45 +133,101 @@ def _check(task: str, depth: float | None, num_keys: int) -> None:
         raise ValueError(f"task={task!r}: choose one of {', '.join(get_args(RetrievalTask))}")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth={depth}: must lie between 0 (start) and 1 (end)")
-    if not 1 <= num_keys <= len(KEYS):
-        raise ValueError(f"num_keys={num_keys}: must lie between 1 and {len(KEYS)}")
+    if not 1 <= num_keys <= MAX_KEYS:
+        raise ValueError(f"num_keys={num_keys}: must lie between 1 and {MAX_KEYS}")
 
 
-def _draw_needles(
-    task: str, num_keys: int, rng: np.random.Generator
-) -> tuple[str, list[str], str, str]:
-    """The needle that answers, the others, the question and the answer."""
-    if task == "passkey":
-        names = ["pass key"]
-    else:
-        names = [f"{key} key" for key in rng.choice(KEYS, num_keys, replace=False)]
-    codes = _CODES.start + rng.choice(len(_CODES), len(names), replace=False)
-    needles = [f"The {name} is {code}. " for name, code in zip(names, codes, strict=True)]
-    question = f"\nWhat is the {names[0]}? The {names[0]} is"
-    return needles[0], needles[1:], question, f" {codes[0]}"
+def _generators(place: tuple[int, ...]) -> tuple[np.random.Generator, np.random.Generator]:
+    """One for what stands in the text, and one for the wrong answers, which changes no text."""
+    return np.random.default_rng(place), np.random.default_rng((*place, 1))
 
 
-@functools.lru_cache(maxsize=8)
-def _filler_lengths(measure: Callable[[str], int]) -> np.ndarray:
-    return np.array([measure(sentence) for sentence in FILLER])
-
-
-def _draw_filler(budget: int, rng: np.random.Generator, measure: Callable[[str], int]) -> list[str]:
-    """Sentences that measure at most `budget` in sum, and would not with one more."""
-    lengths = _filler_lengths(measure)
-    drawn = rng.integers(len(FILLER), size=max(budget, 0) // lengths.min() + 1)
-    count = np.searchsorted(np.cumsum(lengths[drawn]), budget, side="right")
-    return [FILLER[sentence] for sentence in drawn[:count]]
+def _hide_needles(task, length, depth, num_keys, place, measure, haystack) -> RetrievalExample:
+    rng, spare = _generators(place)
+    draw = NEEDLE_TASKS[task](num_keys, rng, spare)
+    answer = _answer(draw.answers)
+    drawn_depth = rng.random()  # also when not needed: depths of one example differ in nothing else
+    depth = drawn_depth if depth is None else depth
+    sentences = "".join((*draw.needles, *draw.distractors))
+    filler = haystack.draw(length - measure(sentences + draw.question + answer), rng)
+    # Text that spells an answer by chance would make the question another one.
+    filler = [piece for piece in filler if not any(part in piece for part in draw.answers)]
+    places = rng.random(len(draw.distractors))
+    behind = np.sort(rng.random(len(draw.needles) - 1))
+    depths = np.array([depth, *(depth + (1 - depth) * behind)])
+    while True:
+        context, found = _hide(draw.needles, draw.distractors, places, filler, depths)
+        if not filler or measure(context + draw.question + answer) <= length:
+            wrong = _wrong(draw.others, draw.answers, spare)
+            return RetrievalExample(context + draw.question, answer, found, draw.answers, wrong)
+        filler = filler[:-1]
 
 
 def _hide(
-    needle: str, distractors: list[str], places: np.ndarray, filler: list[str], depth: float
+    needles: Sequence[str],
+    distractors: Sequence[str],
+    places: np.ndarray,
+    filler: list[str],
+    depths: np.ndarray,
 ) -> tuple[str, float]:
-    """All needles between the sentences, `needle` nearest to `depth`, and where it came to lie."""
+    """Distractors anywhere, `needles` nearest to `depths`; the text, and where the first lies."""
     sentences = list(filler)
     for distractor, place in zip(distractors, places, strict=True):
         sentences.insert(round(place * len(sentences)), distractor)
     starts = np.cumsum([0, *map(len, sentences)])
-    cut = int(np.argmin(np.abs(starts - depth * starts[-1])))
-    text = "".join([*sentences[:cut], needle, *sentences[cut:]])
-    return text, float(starts[cut] / starts[-1]) if sentences else depth
+    cuts = [int(np.argmin(np.abs(starts - depth * starts[-1]))) for depth in depths]
+    pieces, before = [], 0
+    for needle, cut in zip(needles, cuts, strict=True):
+        pieces += [*sentences[before:cut], needle]
+        before = cut
+    text = "".join([*pieces, *sentences[before:]])
+    return text, float(starts[cuts[0]] / starts[-1] if sentences else depths[0])
+
+
+def _list_words(task, length, place, measure) -> RetrievalExample:
+    """As many words as `length` holds."""
+    fewest, draw = WORD_TASKS[task]
+
+    def make(count: int) -> RetrievalExample:
+        rng, spare = _generators(place)
+        words = draw(count, rng, spare)
+        prompt = " ".join(words.words) + words.question
+        wrong = _wrong(words.others, words.answers, spare)
+        return RetrievalExample(prompt, _answer(words.answers), None, words.answers, wrong)
+
+    short, long = (measure(make(count).document) for count in (fewest, 2 * fewest))
+    count = fewest + max(length - short, 0) * fewest // (long - short)
+    while True:
+        example = make(count)
+        excess = measure(example.document) - length
+        if excess <= 0 or count == fewest:
+            return example
+        count = max(fewest, count - max(1, excess * fewest // (long - short)))
+
+
+def _recall(length: int, seed: int, index: int, split: Split) -> RetrievalExample:
+    """An associative-recall text, whose last query is the question."""
+    fitting = [count for count in _PAIRS if shortest_recall(count) <= length]
+    rng = np.random.default_rng((seed, get_args(Split).index(split), index, 1))
+    num_pairs = int(rng.choice(fitting))
+    text = recall_example(
+        num_pairs=num_pairs, length=length, seed=seed, index=index, split=split
+    ).text
+    wrong = rng.permutation([value for value in VALUES if value != text[-1]])[:NUM_WRONG]
+    return RetrievalExample(text[:-1], text[-1], None, (text[-1],), tuple(wrong.tolist()))
+
+
+def _answer(parts: Sequence[str]) -> str:
+    return f" {', '.join(parts)}"
+
+
+def _wrong(
+    others: Sequence[str], parts: Sequence[str], spare: np.random.Generator
+) -> tuple[str, ...]:
+    """Answers with as many parts as the right one, all of them wrong."""
+    if len(parts) == 1:
+        return tuple(_answer((text,)) for text in others[:NUM_WRONG])
+    found: dict[str, None] = {}
+    while len(found) < NUM_WRONG:
+        found[_answer(spare.choice(others, len(parts), replace=False).tolist())] = None
+    return tuple(found)

@@ -138,6 +138,12 @@ def checkpoint_directory(workdir: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
+def checkpoint_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps of the checkpoints that a run has kept; `CheckpointError` where there is no run."""
+    with _reader(workdir) as manager:
+        return sorted(manager.all_steps())
+
+
 def load_config(workdir: str | os.PathLike[str], *, step: int | None = None) -> ExperimentConfig:
     """The config that a checkpoint was saved with, by default the latest one's.
 

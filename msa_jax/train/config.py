@@ -14,7 +14,10 @@ import ml_collections
 from msa_jax.config import ArchitectureConfig, ConfigError, require, require_choice
 
 Source = Literal["stdlib", "files", "retrieval"]
-RetrievalTask = Literal["passkey", "multi_key"]
+RetrievalTask = Literal[
+    "passkey", "multi_key", "multi_value", "multi_query", "variable_tracking",
+    "question_answering", "common_words", "frequent_words", "associative_recall", "mixture",
+]  # fmt: skip
 Schedule = Literal["wsd", "cosine", "constant"]
 Reduction = Literal["mean", "sum"]
 
@@ -35,7 +38,8 @@ class DataConfig:
         can serve. False packs documents that do not see each other.
       batch_size: rows per optimizer step, over all devices and accumulation steps.
       validation_fraction: share of files held out.
-      retrieval_task: the synthetic task that `retrieval_share` mixes in.
+      retrieval_task: the synthetic task that `retrieval_share` mixes in, see
+        `msa_jax.data.retrieval`; "mixture" draws from all of them.
       retrieval_share: share of training documents that are synthetic.
       seed: of shuffling and of the synthetic documents.
     """

@@ -66,20 +66,26 @@ class _Row(NamedTuple):
         return self.array.shape if self.index is None else self.array.shape[1:]
 
 
-def load_model(workdir: str | os.PathLike[str]) -> tuple[Transformer, ExperimentConfig]:
-    """The model of a run's latest checkpoint, on one device and free of any mesh, and its config.
+def load_model(
+    workdir: str | os.PathLike[str], *, step: int | None = None
+) -> tuple[Transformer, ExperimentConfig]:
+    """The model of a checkpoint, on one device and free of any mesh, and its config.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint, None for the latest.
 
     Raises:
-      CheckpointError: there is no checkpoint in `workdir`, or it cannot be read.
+      CheckpointError: there is no such checkpoint in `workdir`, or it cannot be read.
     """
-    config = load_config(workdir)
+    config = load_config(workdir, step=step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     graph, params, variables = nnx.split(abstract_model(config), nnx.Param, ...)
     target = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
         {"params": params, "variables": variables},
     )
-    found = load_parameters(workdir, target, config)
+    found = load_parameters(workdir, target, config, step=step)
     return nnx.merge(graph, found["params"], found["variables"]), config
 
 

@@ -1,6 +1,7 @@
 """Selection metrics against their definitions, one query at a time in numpy."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,12 @@ import numpy as np
 import pytest
 
 from msa_jax.attention import Mode, MSAttention
-from msa_jax.attention.diagnostics import selection_metrics
+from msa_jax.attention.diagnostics import (
+    OVERLAP_DISTANCES,
+    SELECTION_METRICS,
+    selection_metrics,
+    selection_overlap,
+)
 from msa_jax.config import AttentionConfig
 from pallas_kernels import BlockSelection
 
@@ -75,11 +81,12 @@ def block_masses(q, k, segment_ids, b, r, t, slot):
 
 def brute_force(q, k, block_ids, segment_ids, offset=0):
     """Every metric by its definition."""
-    names = ("score_recall", "block_recall", "coverage", "selected_mass")
+    names = ("score_recall", "block_recall", "coverage", "selected_mass", "collapsed")
     values = {name: [] for name in names}
+    overlaps = {distance: [] for distance in OVERLAP_DISTANCES}
     unions, entropies = {4: [], 8: []}, []
     for b, r in np.ndindex(BATCH, GROUPS):
-        chosen, free_ids = {}, []
+        chosen, free_of, free_ids = {}, {}, []
         for t in range(q.shape[1]):
             slot = t + offset
             if segment_ids[b, slot] == 0:
@@ -98,16 +105,24 @@ def brute_force(q, k, block_ids, segment_ids, offset=0):
             values["block_recall"].append(len(both) / TOP_K)
             values["coverage"].append(sum(masses[n] for n in free) / (1 - masses[own]))
             values["selected_mass"].append(sum(masses[n] for n in picked))
+            values["collapsed"].append(sum(masses[n] for n in free) < 0.01)
             chosen[t] = picked
+            free_of[t] = set(free)
             free_ids += free
         for size, sizes in unions.items():
             for start in range(0, q.shape[1] - size + 1, size):
                 run = range(start, start + size)
                 if all(t in chosen for t in run):
                     sizes.append(len(set().union(*(chosen[t] for t in run))))
+        for distance, t in itertools.product(overlaps, free_of):
+            later = t + distance
+            if later in free_of and segment_ids[b, t + offset] == segment_ids[b, later + offset]:
+                shared = free_of[t] & free_of[later]
+                overlaps[distance].append(len(shared) / len(free_of[t]))
         shares = np.unique(free_ids, return_counts=True)[1] / max(len(free_ids), 1)
         entropies.append(-(shares * np.log(shares)).sum())
     means = {name: np.mean(v) for name, v in values.items()}
+    means |= {f"overlap_{n}": np.mean(v) if v else 0.0 for n, v in overlaps.items()}
     means |= {f"union_{size}": np.mean(sizes) for size, sizes in unions.items()}
     return means | {"selection_entropy": np.mean(entropies)}
 
@@ -119,7 +134,7 @@ def test_metrics_are_their_definitions_in_packed_rows():
     selection = BlockSelection(jnp.asarray(block_ids), BLOCK_SIZE)
     metrics = metrics_of(q, k, selection, CONFIG, segment_ids=segment_ids, query_offset=NO_OFFSET)
     expected = brute_force(q, k, block_ids, segment_ids)
-    assert metrics.keys() == expected.keys()
+    assert metrics.keys() == expected.keys() == set(SELECTION_METRICS)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
     for name in ("score_recall", "block_recall", "coverage", "selected_mass"):
@@ -173,3 +188,31 @@ def test_the_oracle_is_perfect_and_the_others_are_not(filled):
     window = layer_metrics(filled, "sink_window", x)
     for name in ("block_recall", "score_recall", "coverage", "selected_mass"):
         assert window[name] < oracle[name] - 0.01, name
+
+
+def test_collapse_is_of_queries_whose_free_blocks_hold_nothing():
+    """Keys of one block draw all attention; half of the queries keep it, the others do not."""
+    q = np.ones((1, LENGTH, HEADS, HEAD_DIM), np.float32)
+    k = np.zeros((1, LENGTH, GROUPS, HEAD_DIM), np.float32)
+    k[:, :BLOCK_SIZE] = 9.0
+    block_ids = np.tile([1, 2, 0], (1, GROUPS, LENGTH, 1)).astype(np.int32)
+    block_ids[..., 2] = np.arange(LENGTH) // BLOCK_SIZE
+    block_ids[:, :, ::2, :2] = [0, 1]
+    selection = BlockSelection(jnp.asarray(block_ids), BLOCK_SIZE)
+    metrics = metrics_of(q, k, selection, CONFIG, segment_ids=None, query_offset=NO_OFFSET[:1])
+    assert metrics["collapsed"] == 0.5
+    assert metrics["overlap_1"] == 0.5
+    assert metrics["overlap_4"] == metrics["overlap_16"] == 1
+    assert metrics["overlap_64"] == 0
+
+
+def test_overlap_with_another_selection_is_of_free_blocks_with_a_choice():
+    def ids(*rows):
+        return jnp.asarray(rows, jnp.int32)
+
+    # Two of three blocks kept by force of there being no more, then queries in blocks 3, 4 and 5.
+    mine = ids([0, 1, -1], [0, 1, 3], [1, 2, 4], [0, 2, 5])
+    other = ids([0, 1, -1], [1, 2, 3], [1, 2, 4], [1, 3, 5])
+    assert jax.jit(selection_overlap)(mine, mine) == 1
+    np.testing.assert_allclose(selection_overlap(mine, other), (0.5 + 1 + 0) / 3)
+    assert selection_overlap(mine[:1], other[:1]) == 0

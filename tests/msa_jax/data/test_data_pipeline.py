@@ -76,8 +76,9 @@ def records(tmp_path_factory):
         {"retrieval_share": 0.3, "sequence_length": 512},
         {"retrieval_share": 1.0, "sequence_length": 512},
         {"source": "retrieval", "retrieval_task": "multi_key", "sequence_length": 1024},
+        {"source": "retrieval", "retrieval_task": "mixture", "sequence_length": 512},
     ],
-    ids=["stdlib", "joined", "mixed", "synthetic alone", "retrieval"],
+    ids=["stdlib", "joined", "mixed", "synthetic alone", "retrieval", "mixture"],
 )
 def test_batches_have_the_promised_form(change):
     config = DataConfig(**{"sequence_length": 256, "batch_size": 4, **change})

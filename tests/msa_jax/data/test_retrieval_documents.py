@@ -7,7 +7,9 @@ import hypothesis.strategies as st
 import pytest
 
 from msa_jax.data import retrieval
-from msa_jax.data.retrieval import FILLER, KEYS, retrieval_example, shortest_length
+from msa_jax.data.haystack import FILLER
+from msa_jax.data.retrieval import retrieval_example, shortest_length
+from msa_jax.data.retrieval_tasks import KEYS
 
 SENTENCE = max(map(len, FILLER))
 TASKS = ("passkey", "multi_key")
