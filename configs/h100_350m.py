@@ -14,12 +14,12 @@ take 20 bytes each, 7.0 GB. A micro-batch is one row of 32,768 tokens. Of each l
 input (67 MB), block ids and log-sum-exps (2.1 MB each): 1.7 GB in all, and the attention output
 (134 MB, 3.2 GB in all) with --config.model.remat=attention. A layer's backward pass has q and o
 (134 MB each), the feed-forward's inner arrays (210 MB each) and the partial results of selected
-attention (2.1 GB). Logits over 256 bytes are 34 MB a row and need no chunks of the sequence; a
-vocabulary of 200,000 would take 26 GB. The peaks were 12.0 GB with MSA and 10.7 GB densely.
-Expected result: the loss of the MSA model is its dense twin's within 2 %; the 300 steps have not
-been run. In runs of 60 steps the validation loss was 2.786 with MSA and 2.894 densely, which is too
-early to compare models, at 71,000 tokens per second against 31,000: docs/benchmarks/h100_350m.md.
-A token takes 3.3 GFLOP with MSA and 11.7 with dense attention.
+attention (1.1 GB). Logits over 256 bytes are 34 MB a row and need no chunks of the sequence; a
+vocabulary of 200,000 would take 26 GB. The peaks were 12.2 GB with MSA and 10.7 GB densely.
+Expected result: four and three minutes with the compilation; 77,000 tokens per second with MSA and
+31,000 densely. Validation loss 2.860 with MSA and 2.579 densely, after 5M tokens, which is too
+early to compare models: docs/benchmarks/h100_350m.md. A token takes 3.3 GFLOP with MSA and 11.7
+with dense attention.
 
 Heads are the paper's scaled down: 16 query heads of 128 dims to a group, twice as wide together as
 the residual stream. Rows are cut from the standard library's sources joined end to end, each one
@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             learning_rate=6e-4, warmup_steps=20, decay_fraction=0.3, accumulation_steps=2
         ),
         objective=ObjectiveConfig(index_warmup_steps=20),
-        # 65,536 tokens a step: 20M in all, less than two epochs of the 11 MB of sources.
+        # 65,536 tokens a step: 5M in all, half of the 11 MB of sources.
         train=TrainConfig(
             steps=80,
             log_every=5,

@@ -98,28 +98,28 @@ class LossCurve:
 
 def loss_curves(curves: Mapping[str, LossCurve]) -> str:
     """Training (thin) and validation (markers) loss of each model over the steps."""
-    with _style():
-        figure, (axes,) = _panels(1, height=3.4)
+    with drawing_style():
+        figure, (axes,) = make_panels(1, height=3.4)
         for index, (label, curve) in enumerate(curves.items()):
-            look = _look(index)
+            look = series_look(index)
             axes.plot(
                 curve.train_steps, curve.train_loss, color=look["color"], alpha=0.45, linewidth=1
             )
             name = f"{label} validation (training: thin line)"
             axes.plot(curve.validation_steps, curve.validation_loss, label=name, **look)
-        _labels(axes, "optimizer step", "loss (nats per token)")
+        label_axes(axes, "optimizer step", "loss (nats per token)")
         return finish(figure)
 
 
 def loss_gap(steps: np.ndarray, percent: np.ndarray, label: str, reference: str) -> str:
     """Relative difference of two models' validation losses, in percent, over the common steps."""
-    with _style():
-        figure, (axes,) = _panels(1, height=3.4)
+    with drawing_style():
+        figure, (axes,) = make_panels(1, height=3.4)
         axes.axhline(0, color=_INK, linewidth=1)
-        axes.plot(steps, percent, **_look(0))
+        axes.plot(steps, percent, **series_look(0))
         bound = 1.15 * max(np.nanmax(np.abs(percent)), 1.0)
         axes.set_ylim(-bound, bound)
-        _labels(axes, "optimizer step", f"{label} loss above {reference} (%)")
+        label_axes(axes, "optimizer step", f"{label} loss above {reference} (%)")
         return finish(figure)
 
 
@@ -133,15 +133,15 @@ def recall(
       values: [N, L] by metric name, 0 to 1.
       reference: the legend's text by metric name.
     """
-    with _style():
-        figure, (axes,) = _panels(1, height=3.4)
+    with drawing_style():
+        figure, (axes,) = make_panels(1, height=3.4)
         for index, (name, layers) in enumerate(values.items()):
-            look = _look(2 + index) | {"linestyle": LINES[index]}  # 0 and 1 are models
+            look = series_look(2 + index) | {"linestyle": LINES[index]}  # 0 and 1 are models
             axes.plot(steps[name], layers.mean(1), label=reference[name], **look)
             low, high = layers.min(1), layers.max(1)
             axes.fill_between(steps[name], low, high, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_ylim(0, 1.02)
-        _labels(axes, "optimizer step", "recall (1 = everything)")
+        label_axes(axes, "optimizer step", "recall (1 = everything)")
         return finish(figure)
 
 
@@ -154,8 +154,8 @@ def kl_per_layer(steps: np.ndarray, values: np.ndarray, layers: Sequence[int], w
       layers: [L] the layers' numbers.
       warmup: steps of dense warm-up, whose end is marked; 0 marks nothing.
     """
-    with _style():
-        figure, (axes,) = _panels(1, height=3.4)
+    with drawing_style():
+        figure, (axes,) = make_panels(1, height=3.4)
         if warmup:
             axes.axvline(warmup, color=_INK, linewidth=1, linestyle=":")
         colours = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.88, len(layers)))
@@ -171,7 +171,7 @@ def kl_per_layer(steps: np.ndarray, values: np.ndarray, layers: Sequence[int], w
         shown = spread(len(layers), 8)
         bar.set_ticks(shown, labels=[str(layers[index]) for index in shown])
         bar.ax.yaxis.set_minor_locator(NullLocator())
-        _labels(axes, "optimizer step", "KL (nats)")
+        label_axes(axes, "optimizer step", "KL (nats)")
         return finish(figure)
 
 
@@ -182,9 +182,9 @@ def expert_load(loads: Mapping[str, np.ndarray], layers: Mapping[str, Sequence[i
       loads: [L, E] tokens per expert, any scale, by model.
       layers: [L] the layers' numbers, by model.
     """
-    with _style():
+    with drawing_style():
         rows = max(len(load) for load in loads.values())
-        figure, panels = _panels(len(loads), height=min(1.6 + 0.28 * rows, 5.0), share_y=False)
+        figure, panels = make_panels(len(loads), height=min(1.6 + 0.28 * rows, 5.0), share_y=False)
         relative = {
             label: load / np.maximum(load.mean(1, keepdims=True), np.finfo(float).tiny)
             for label, load in loads.items()
@@ -198,7 +198,7 @@ def expert_load(loads: Mapping[str, np.ndarray], layers: Mapping[str, Sequence[i
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             shown = spread(len(load), 8)
             axes.set_yticks(shown, [str(layers[label][index]) for index in shown])
-            _labels(axes, "expert", "layer" if axes is panels[0] else "", steps=False)
+            label_axes(axes, "expert", "layer" if axes is panels[0] else "", steps=False)
         scale = ScalarMappable(norm, "PuOr_r")
         figure.colorbar(scale, ax=panels, label="load (1 = even)", ticks=[0, 0.5, 1, top])
         return finish(figure)
@@ -237,7 +237,7 @@ def selected_blocks(block_ids: np.ndarray, segment_ids: np.ndarray, block_size: 
       segment_ids: [T].
       block_size: tokens per block.
     """
-    with _style():
+    with drawing_style():
         groups, length = block_ids.shape[:2]
         columns = min(groups, 2)
         rows = -(-groups // columns)
@@ -274,13 +274,13 @@ def loss_by_position(edges: Mapping[str, np.ndarray], losses: Mapping[str, np.nd
       edges: [P + 1] token positions by model, bounds of the buckets.
       losses: [P] nats per token by model.
     """
-    with _style():
-        figure, (axes,) = _panels(1, height=3.4)
+    with drawing_style():
+        figure, (axes,) = make_panels(1, height=3.4)
         for index, (label, loss) in enumerate(losses.items()):
             middle = (edges[label][1:] + edges[label][:-1]) / 2
-            axes.plot(middle, loss, label=label, **_look(index))
-        _log_tokens(axes)
-        _labels(axes, "position in the document (tokens)", "loss (nats per token)", steps=False)
+            axes.plot(middle, loss, label=label, **series_look(index))
+        token_axis(axes)
+        label_axes(axes, "position in the document (tokens)", "loss (nats per token)", steps=False)
         return finish(figure)
 
 
@@ -301,14 +301,14 @@ def by_context(
       log: whether that axis is logarithmic; a linear one starts at 0.
       hollow: [N] bool by model, the points whose markers are drawn hollow; none without.
     """
-    with _style():
-        figure, (axes,) = _panels(1, height=3.4)
+    with drawing_style():
+        figure, (axes,) = make_panels(1, height=3.4)
         for index, (label, line) in enumerate(values.items()):
-            axes.plot(lengths, line, label=label, **_look(index))
+            axes.plot(lengths, line, label=label, **series_look(index))
             if label in hollow:
-                points, look = hollow[label], _look(index) | {"linestyle": ""}
+                points, look = hollow[label], series_look(index) | {"linestyle": ""}
                 axes.plot(lengths[points], line[points], **look, markerfacecolor=PAPER[0])
-        _log_tokens(axes)
+        token_axis(axes)
         axes.xaxis.set_major_locator(FixedLocator(list(lengths[::-2])))
         if log:
             axes.set_yscale("log")
@@ -317,7 +317,7 @@ def by_context(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         else:
             axes.set_ylim(bottom=0)
-        _labels(axes, "context (tokens)", quantity, steps=False)
+        label_axes(axes, "context (tokens)", quantity, steps=False)
         return finish(figure, columns=2 if len(values) > 2 else 1)
 
 
@@ -334,28 +334,32 @@ def spread(count: int, most: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
 
 
-def _style():
+def drawing_style():
+    """The context that every figure is drawn in."""
     return matplotlib.rc_context(STYLE)
 
 
-def _look(index: int) -> dict[str, Any]:
+def series_look(index: int) -> dict[str, Any]:
     """How the line of series `index` is drawn: by colour, marker and dashes at once."""
     choice = index % len(SERIES)
     return {"color": SERIES[choice], "marker": MARKERS[choice], "linestyle": LINES[choice]}
 
 
-def _panels(count: int, *, height: float, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int, *, height: float, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width, `height` inches high, and its axes side by side."""
     figure = Figure((_WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(1, count, sharey=share_y, squeeze=False)[0])
 
 
-def _log_tokens(axes: Axes) -> None:
+def token_axis(axes: Axes) -> None:
+    """Makes x a logarithmic axis of tokens, 8K for 8192."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_length(int(value))))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _labels(axes: Axes, x: str, y: str, *, steps: bool = True) -> None:
+def label_axes(axes: Axes, x: str, y: str, *, steps: bool = True) -> None:
+    """Names both axes; one of optimizer steps has whole numbers."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if steps:

@@ -35,8 +35,8 @@ def heat_map(
       y: of the rows.
       title: above the map.
     """
-    with figures._style():
-        figure, (axes,) = figures._panels(1, height=1.3 + 0.34 * len(rows))
+    with figures.drawing_style():
+        figure, (axes,) = figures.make_panels(1, height=1.3 + 0.34 * len(rows))
         axes.grid(False)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -56,8 +56,8 @@ def heat_map(
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_title(title)
-        figures._labels(axes, x, y, steps=False)
-        return figures._finish(figure)
+        figures.label_axes(axes, x, y, steps=False)
+        return figures.finish(figure)
 
 
 def _luminance(colour: Sequence[float]) -> float:

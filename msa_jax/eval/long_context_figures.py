@@ -169,18 +169,18 @@ def line_chart(
       y: of the other.
       top: the other axis goes from 0 to it; None fits it to the values.
     """
-    with figures._style():
-        figure, (axes,) = figures._panels(1, height=3.4)
+    with figures.drawing_style():
+        figure, (axes,) = figures.make_panels(1, height=3.4)
         for index, (label, line) in enumerate(lines.items()):
             places = sorted(line)
-            axes.plot(places, [line[n] for n in places], label=label, **figures._look(index))
-        figures._log_tokens(axes)
+            axes.plot(places, [line[n] for n in places], label=label, **figures.series_look(index))
+        figures.token_axis(axes)
         ticks = sorted({place for line in lines.values() for place in line})
         axes.set_xticks(ticks)
         if top is not None:
             axes.set_ylim(0, 1.02 * top)
-        figures._labels(axes, x, y, steps=False)
-        return figures._finish(figure)
+        figures.label_axes(axes, x, y, steps=False)
+        return figures.finish(figure)
 
 
 def _name(label: str, text: str) -> str:
