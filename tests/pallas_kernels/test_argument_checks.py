@@ -116,6 +116,15 @@ def test_an_index_head_for_every_group():
     assert "index_k (2, 60, 4)" in message
 
 
+def test_weights_and_log_sum_exps_of_other_queries():
+    for weights in (zeros(2, 61, 2), zeros(2, 1, 61), zeros(61)):
+        message = refusal("index_kl", weights=weights)
+        assert f"weights has shape {weights.shape}, expected [B, Hkv, T] = (2, 2, 61)" in message
+    lse = zeros(2, 2, 61)
+    message = refusal("index_kl", main_lse=lse)
+    assert f"main_lse has shape {lse.shape}, expected [B, Hq, T] = (2, 4, 61)" in message
+
+
 @pytest.mark.parametrize("op", ["sparse_attention", "index_kl"])
 def test_selection_of_other_arrays(op):
     block_ids = arbitrary_blocks(PACKED)

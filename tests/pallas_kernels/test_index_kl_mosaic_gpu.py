@@ -18,6 +18,7 @@ from pallas_kernels.index_kl.mosaic_gpu import IndexKLConfig
 from pallas_kernels.index_kl.tiles import TILE_QUERIES
 from pallas_kernels.index_kl.tiles_mosaic_gpu import Scales, TileConfig
 from pallas_kernels.mosaic_gpu import Target, traced_for
+from pallas_kernels.residuals import INDEX_GRADIENTS
 
 SMALL = IndexKLConfig(
     TileConfig(num_thread_blocks=1), IndexKConfig(num_thread_blocks=1, num_parts=2)
@@ -348,6 +349,27 @@ def test_without_main_lse_the_default_is_the_reference_and_says_why():
             )
         result = jax.eval_shape(lambda *x: index_kl(*x, selection, query_offset=128), *inputs)
     assert result.kl.shape == (1, 1, 64)
+
+
+@pytest.mark.fast
+def test_rematerialisation_that_keeps_the_gradients_makes_one_teacher():
+    case = Case()
+    selection = BlockSelection(jnp.asarray(case.block_ids()), 64)
+    q, k, *index = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.inputs())
+    lse = jax.ShapeDtypeStruct((1, case.per_group, 64), "float32")
+
+    def loss(index_q, index_k, q, k, lse):
+        options = {"query_offset": 128, "main_lse": lse, "implementation": "mosaic_gpu"}
+        return index_kl(q, k, index_q, index_k, selection, **options).loss
+
+    def mentioned(policy):
+        gradient = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
+        with traced_for(Target()):
+            return str(jax.make_jaxpr(gradient)(*index, q, k, lse)).count("index_kl_alignment")
+
+    policies = jax.checkpoint_policies
+    kept = mentioned(policies.save_only_these_names(INDEX_GRADIENTS))
+    assert 2 * kept == mentioned(policies.nothing_saveable) > 0
 
 
 @pytest.mark.fast
