@@ -19,7 +19,7 @@ from absl import flags
 from experiments import cli
 from experiments.benchmarking.cases import SELECTIONS, Case, parse_length
 from experiments.benchmarking.search import KERNELS, compiling, fastest
-from msa_jax.cost import peak_flops
+from msa_jax.utilisation import peak_flops
 from pallas_kernels import tuning
 
 

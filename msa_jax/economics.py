@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from msa_jax import cost
+from msa_jax import cost, utilisation
 from msa_jax.config import ArchitectureConfig, AttentionConfig, ConfigError, require
 from msa_jax.kernel_rates import KernelRates
 
@@ -34,7 +34,7 @@ _STEPS_PER_DOUBLING = 4
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU, from its vendor's data sheet; its matmul peak is `msa_jax.cost.peak_flops`.
+    """One GPU, from its vendor's data sheet; its matmul peak is `msa_jax.utilisation.peak_flops`.
 
     Attributes:
       name: as people say it.
@@ -53,7 +53,7 @@ class Gpu:
     @property
     def peak_flops(self) -> float:
         """Dense bf16 matmul peak, FLOP/s."""
-        peak = cost.peak_flops(self.device_kind)
+        peak = utilisation.peak_flops(self.device_kind)
         if peak is None:
             raise ConfigError(f"device_kind={self.device_kind!r}: msa_jax.cost knows no peak of it")
         return peak

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import jax
 
-from msa_jax import cost
+from msa_jax import cost, utilisation
 from msa_jax.config import ArchitectureConfig
 from msa_jax.cost import Phase
 from msa_jax.train.metrics import CLOCK_PREFIX
@@ -83,8 +83,8 @@ class StepClock:
             flops = cost.training_flops_per_token(self._config, self._length, phase=phase)
             for name, per_token in flops._asdict().items():
                 kind = self._devices[0].device_kind
-                utilisation = cost.mfu(per_token, rate, kind, len(self._devices))
-                fields |= {} if utilisation is None else {f"mfu_{name}": utilisation}
+                found = utilisation.mfu(per_token, rate, kind, len(self._devices))
+                fields |= {} if found is None else {f"mfu_{name}": found}
             peak = max(map(_peak_bytes, self._devices))
             fields |= {"peak_memory_bytes": peak} if peak else {}
         self._seconds.clear()

@@ -351,28 +351,3 @@ def test_compute_table_of_the_paper_spans_8k_to_1m():
 def test_compute_table_refuses_a_dense_model():
     with pytest.raises(ValueError, match=r"attention\.kind='gqa'.*pass the config with"):
         cost.compute_table(dense_twin(ArchitectureConfig()))
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12),
-        ("cpu", None),
-        ("TPU v99", None),
-    ],
-)
-def test_peak_flops(kind, peak):
-    assert cost.peak_flops(kind) == peak
-
-
-def test_mfu():
-    assert cost.mfu(989e9, 500.0, "NVIDIA H100 80GB HBM3", 2) == pytest.approx(0.25)
-    assert cost.mfu(1e9, 500.0, "cpu", 1) is None

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from msa_jax import cost
+from msa_jax import cost, utilisation
 from msa_jax.config import ArchitectureConfig, AttentionConfig, ModelConfig, MoEConfig
 from msa_jax.train.clock import StepClock
 
@@ -51,7 +51,7 @@ def test_measured_blocks_add_up(clock, monkeypatch):
 
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
 def test_utilisation_is_flops_over_the_peak_of_all_devices(clock, monkeypatch, phase):
-    monkeypatch.setattr(cost, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(utilisation, "peak_flops", lambda kind: 1e9)
     clock.add_step(phase, 1.0, 0)
     clock.add_step(phase, 2.0, 1000)
     fields = clock.take(phase)
