@@ -115,8 +115,8 @@ def test_log_sum_exp_of_the_main_scores_is_taken_as_it_is():
     mask = case.mask(None)
     _, lse = numpy_oracle.attention(*exact(*case.main_inputs()), mask)
     with interpreted(), trying("index_kl.tpu_prefix", SMALL_TILES):
-        halved, _ = compiled(functools.partial(align, case, None))(
-            jnp.asarray(lse + np.log(2), jnp.float32), *arguments
+        _, (halved, _) = compiled(functools.partial(align, case, None))(
+            jnp.asarray(lse + np.log(2), jnp.float32), weights_of(case), *arguments
         )
     kl, _ = numpy_oracle.index_kl(*exact(*arguments), mask)
     np.testing.assert_allclose(halved, (kl - np.log(2)) / 2, atol=1e-6)

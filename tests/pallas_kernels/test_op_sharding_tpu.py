@@ -72,10 +72,19 @@ def results_and_gradients(x, implementation):
         selection = select_blocks(*index, **blocks, **kernel)
         o, lse = sparse_attention(*main, selection, **kernel)
         known = jax.lax.stop_gradient(lse)
-        kl = index_kl(*main[:2], *index, selection, main_lse=known, **kernel)
-        results = o, lse, *kl
         rng = np.random.default_rng(0)
-        return sum((r * rng.normal(size=r.shape)).sum() for r in results), (selection, results)
+        shape = lse.shape[0], CASE.groups, lse.shape[2]
+        alignment = index_kl(
+            *main[:2],
+            *index,
+            selection,
+            main_lse=known,
+            weights=jnp.asarray(rng.normal(size=shape), jnp.float32),
+            **kernel,
+        )
+        attended = sum((r * rng.normal(size=r.shape)).sum() for r in (o, lse))
+        results = o, lse, *alignment[1:]
+        return attended + alignment.loss, (selection, results)
 
     gradients, (selection, results) = jax.grad(loss, has_aux=True)(x)
     return {"block_ids": selection.block_ids, "results": results, "gradients": gradients}
@@ -150,10 +159,9 @@ def test_training_ops_and_their_gradients(compiled_on_a_slice):
         selection = select_blocks(*index, **BLOCKS, **place)
         o, lse = sparse_attention(x["q"], x["k"], x["v"], selection, **place)
         dense = dense_attention(x["q"], x["k"], x["v"], **place)
-        kl, _ = index_kl(
-            x["q"], x["k"], *index, selection, main_lse=jax.lax.stop_gradient(lse), **place
-        )
-        return (o + dense).astype(jnp.float32).sum() + kl.sum()
+        known = {"main_lse": jax.lax.stop_gradient(lse)}
+        alignment = index_kl(x["q"], x["k"], *index, selection, **known, **place)
+        return (o + dense).astype(jnp.float32).sum() + alignment.loss
 
     def step(x):
         segment_ids = x.pop("segment_ids")
