@@ -1,0 +1,103 @@
+"""MSA against the mixers that it is compared with: 43M parameters, 8K tokens of context.
+
+Command, for one of msa, gqa, mha, sliding_window, longformer, bigbird, mla, linear and mamba2:
+
+    export XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
+    python -m experiments.train --config=configs/comparison.py --workdir=runs/comparison/msa_0
+    python -m experiments.train --config=configs/comparison.py:gqa --workdir=runs/comparison/gqa_0
+
+and for a second seed --config.train.seed=1 --config.data.seed=1. All see the same rows in the same
+order: Python sources and as many synthetic retrieval documents, so that needles and the tasks of
+`experiments.evaluate` are in reach of a model this small.
+
+Sizes are matched by `msa_jax.matching`: every feed-forward is as wide as it takes for MSA's number
+of parameters. Sliding window attention then gets as many tokens as cost MSA's training FLOPs;
+Longformer and BigBird have MSA's 16 blocks, one of them a sink, and BigBird five drawn ones.
+
+Hardware: one GPU of 80 GB, or any with 24 GB.
+Expected result: not measured yet.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from msa_jax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from msa_jax.data.tokenizer import ByteTokenizer
+from msa_jax.matching import match
+from msa_jax.mixer_config import MLAConfig
+from msa_jax.train.config import (
+    DataConfig,
+    ExperimentConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+_LENGTH = 8192
+
+# What a kind needs beside its name.
+_FIELDS = {
+    "gqa": {},
+    "mha": {},
+    "sliding_window": {"window": 1024},
+    "longformer": {"num_sink_blocks": 1},
+    "bigbird": {"num_sink_blocks": 1, "num_random_blocks": 5},
+    "mla": {"mla": MLAConfig(latent_dim=128, rope_head_dim=32)},
+    "linear": {},
+    "mamba2": {},
+}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The run's configuration; `arg` names the mixer, "" is MSA."""
+    config = ExperimentConfig(
+        model=ModelConfig(
+            vocab_size=ByteTokenizer.vocab_size,
+            d_model=512,
+            num_layers=12,
+            ffn_dim=1536,
+            tie_embeddings=True,
+            remat="save_selection",
+        ),
+        attention=AttentionConfig(
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=64,
+            rope_dim=32,
+            rope_theta=1e5,
+            block_size=64,
+            top_k=16,  # an eighth of the context
+            index_dim=64,
+        ),
+        moe=MoEConfig(num_experts=0),
+        data=DataConfig(
+            source="stdlib",
+            sequence_length=_LENGTH,
+            join_documents=True,
+            batch_size=8,
+            retrieval_task="mixture",
+            retrieval_share=0.5,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=60, decay_fraction=0.3),
+        objective=ObjectiveConfig(index_warmup_steps=100),
+        # 65,536 tokens a step, 39M in all.
+        train=TrainConfig(
+            steps=600, log_every=10, eval_every=150, checkpoint_every=300, keep_checkpoints=2
+        ),
+    )
+    if arg not in ("", *_FIELDS):
+        raise ConfigError(
+            f"config argument {arg!r}: use no argument for MSA, or one of {', '.join(_FIELDS)}"
+        )
+    return to_config_dict(_matched(config, arg) if arg else config)
+
+
+def _matched(msa: ExperimentConfig, kind: str) -> ExperimentConfig:
+    """The model with another mixer, as large as MSA's."""
+    attention = dataclasses.replace(msa.attention, kind=kind, **_FIELDS[kind])
+    config = match(dataclasses.replace(msa, attention=attention), msa, by="params").config
+    if kind == "sliding_window":
+        config = match(config, msa, by="flops", length=_LENGTH, field="attention.window").config
+    return config
