@@ -19,6 +19,7 @@ Expected result: not measured yet.
 """
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 
@@ -38,7 +39,7 @@ from msa_jax.train.config import (
 _LENGTH = 8192
 
 # What a kind needs beside its name.
-_FIELDS = {
+_FIELDS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {},
     "sliding_window": {"window": 1024},
@@ -96,7 +97,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _matched(msa: ExperimentConfig, kind: str) -> ExperimentConfig:
     """The model with another mixer, as large as MSA's."""
-    attention = dataclasses.replace(msa.attention, kind=kind, **_FIELDS[kind])
+    fields: dict[str, Any] = {"kind": kind, **_FIELDS[kind]}
+    attention = dataclasses.replace(msa.attention, **fields)
     config = match(dataclasses.replace(msa, attention=attention), msa, by="params").config
     if kind == "sliding_window":
         config = match(config, msa, by="flops", length=_LENGTH, field="attention.window").config

@@ -1,11 +1,15 @@
 """Token embedding and output head."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from msa_jax.nn.param import matrix
-from msa_jax.sharding import out_spec, project, weight
+from msa_jax.sharding import constrain, out_spec, project, weight
+
+# Tables of so many rows are read by a product: no more than the output head's.
+_MOST_ROWS = 4096
 
 
 class Embedding(nnx.Module):
@@ -37,7 +41,19 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
-        """The tokens' vectors."""
+        """The tokens' vectors.
+
+        The gradient of a gather adds one token after the other, in 16 bits if that is the dtype,
+        and on a GPU by atomics, in any order. Where a small table has many tokens per row, that is
+        inexact and slow. So such a table is multiplied with 0/1 rows: the same vectors, and a
+        gradient that is summed in float32.
+        """
+        rows = self.table.shape[0]
+        if jnp.dtype(self.dtype).itemsize == 2 and rows <= _MOST_ROWS:
+            chosen = jax.nn.one_hot(jnp.clip(tokens, 0, rows - 1), rows, dtype=self.dtype)
+            chosen = constrain(chosen, "batch", "sequence", "vocab")
+            axes = ("batch", "sequence", None)
+            return project("btv,vm->btm", chosen, self.table, self.dtype, *axes)
         table = weight(self.table, self.dtype)
         return table.at[tokens].get(mode="clip", out_sharding=out_spec("batch", "sequence", None))
 
