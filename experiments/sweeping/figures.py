@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from experiments.sweeping.objectives import TITLES
 from experiments.sweeping.results import Row
-from msa_jax.eval.figures import STYLE, THEME, finish
+from msa_jax.eval.figures import STYLE, THEME, finish, text_on
 from msa_jax.train.sweep import Choice, Objective, Parameter, Value
 
 _INK, _GRID = THEME["ink"][0], THEME["grid"][0]
@@ -132,8 +132,7 @@ def heat_map(
         axes.set_ylabel(_leaf(y))
         for line, column in np.argwhere(np.isfinite(means)):
             mean = means[line, column]
-            # Fixed colours: the cell under the text has the same on every page.
-            ink = "#000000" if norm(mean) > 0.5 else "#ffffff"
+            ink = text_on(_COLOURS(norm(mean)))
             text = short_number(mean)
             axes.text(column, line, text, ha="center", va="center", color=ink, fontsize=8)
         return finish(figure)

@@ -366,6 +366,18 @@ def label_axes(axes: Axes, x: str, y: str, *, steps: bool = True) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
+def text_on(colour: Sequence[float]) -> str:
+    """The colour of text on a cell that is the same on every page: nearly black or nearly white.
+
+    Black and white themselves become the page's own. `colour` is sRGB, each channel 0 to 1.
+    """
+    channels = np.asarray(colour[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ [0.2126, 0.7152, 0.0722])
+    # At 0.18 both contrast alike.
+    return "#010101" if luminance > 0.18 else "#fefefe"
+
+
 def finish(figure: Figure, handles: Sequence[Artist] | None = None, *, columns: int = 1) -> str:
     """Puts the legend below the axes and returns the figure as an SVG element."""
     if handles is None:

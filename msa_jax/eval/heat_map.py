@@ -12,8 +12,6 @@ from msa_jax.eval import figures
 # are opaque, so that they look the same on a light and on a dark page.
 _COLOURS = LinearSegmentedColormap.from_list("share", ["#d98a52", "#dcd9d3", "#2b78b0"])
 _SIDE = 0.96  # of a cell, the rest is a gap
-# Nearly black: matplotlib leaves black out, and a page would set its own colour.
-_DARK_TEXT, _LIGHT_TEXT = "#010101", "#ffffff"
 
 
 def heat_map(
@@ -48,8 +46,7 @@ def heat_map(
             colour = _COLOURS(float(value))
             corner = (column - _SIDE / 2, row - _SIDE / 2)
             axes.add_patch(Rectangle(corner, _SIDE, _SIDE, facecolor=colour, edgecolor="none"))
-            # Where black and white contrast alike.
-            ink = _DARK_TEXT if _luminance(colour) > 0.18 else _LIGHT_TEXT
+            ink = figures.text_on(colour)
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -58,10 +55,3 @@ def heat_map(
         axes.set_title(title)
         figures.label_axes(axes, x, y, steps=False)
         return figures.finish(figure)
-
-
-def _luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of an sRGB colour (WCAG)."""
-    channels = np.asarray(colour[:3])
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
