@@ -110,6 +110,16 @@ CASES = {
         dtype="float16",
         density=0.15,
     ),
+    "two batch rows with offsets, chunks of both groups": Case(
+        8,
+        groups=2,
+        batch=2,
+        num_queries=100,
+        num_keys=256,
+        query_offset=(20, 150),
+        density=0.4,
+        backward=dataclasses.replace(BACKWARD, queries_per_chunk=64),
+    ),
     "documents with padding behind them": Case(
         8, num_keys=256, query_offset=70, documents=((0, 64), (64, 90), (128, 250)), top_k=4
     ),
@@ -167,18 +177,35 @@ def test_what_is_not_a_number_stays_with_the_blocks_that_its_query_picked():
         assert jnp.isfinite(array[:, own:]).all()
 
 
-def test_gradients_of_the_op():
-    """Forward and backward kernels together, through the op's own derivative."""
-    case = Case(per_group=8, density=0.2, num_keys=128, query_offset=(64,))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(per_group=8, density=0.2, num_keys=128, query_offset=(64,)),
+        Case(
+            per_group=8,
+            groups=2,
+            batch=2,
+            num_queries=100,
+            query_offset=(20, 90),
+            density=0.3,
+            backward=CHUNKS,
+        ),
+    ],
+    ids=["one chunk", "chunks of one group, two batch rows"],
+)
+def test_gradients_of_the_op(case):
+    """Forward and backward kernels together, by the same lists, through the op's own derivative."""
     arrays, block_ids, given = tuple(case.inputs()), case.block_ids(), cotangents(case)
 
     def pull_back(q, k, v, block_ids, do, dlse):
-        _, pullback = jax.vjp(lambda *qkv: case.attend(*qkv, block_ids), q, k, v)
-        return pullback((do, dlse))
+        results, pullback = jax.vjp(lambda *qkv: case.attend(*qkv, block_ids), q, k, v)
+        return results, pullback((do, dlse))
 
     with interpreted():
-        actual = compiled(pull_back)(*arrays, block_ids, *given)
-    _, expected = exact(case, arrays, block_ids, given)
+        (o, lse), actual = compiled(pull_back)(*arrays, block_ids, *given)
+    results, expected = exact(case, arrays, block_ids, given)
+    assert_close(case, [o], [np.asarray(results[0], np.float64)])
+    np.testing.assert_allclose(lse, results[1], atol=1e-3)
     assert_close(case, actual, expected)
 
 
