@@ -14,7 +14,7 @@ Sizes are matched by `msa_jax.matching`: every feed-forward is as wide as it tak
 of parameters. Sliding window attention then gets as many tokens as cost MSA's training FLOPs;
 Longformer and BigBird have MSA's 16 blocks, one of them a sink, and BigBird five drawn ones.
 
-Hardware: one GPU of 80 GB, or any with 24 GB.
+Hardware: made for one GPU of 80 GB; no GPU has run it.
 Expected result: not measured yet.
 """
 

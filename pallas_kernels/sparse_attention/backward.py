@@ -158,9 +158,9 @@ def backward(
             config=gradient,
         )
         add_parts(parts, chunk.index.slices, dk_sums, dv_sums)
-        # Of weight 1 each.
-        ones = jnp.zeros(partial.shape[:2], jnp.float32)
-        places, weights = by_tiles(chunk.index.places, ones)
+        # Log-sum-exps of 0: of weight 1 each.
+        lse = jnp.zeros(partial.shape[:2], jnp.float32)
+        places, weights = by_tiles(chunk.index.places, lse)
         place = chunk.start, chunk.first_group
         combine(partial, places, weights, dq_sums, *place, config=merge, normalized=False)
 

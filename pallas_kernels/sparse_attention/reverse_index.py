@@ -40,7 +40,7 @@ class ReverseIndex(NamedTuple):
         flattened keys, the slice's first tile and number of tiles, and the row that the query in
         the block's first slot would have. Then for lists that were cut into several slices: the
         slice's number among all such slices (-1 if its list has no other), and in a list's first
-        slice how many there are (else 0). Sorted by row, then block.
+        slice how many there are (else 0). Sorted by row, then block, unless dealt out.
       num_slices: [1], how many of `slices` are in use.
     """
 
