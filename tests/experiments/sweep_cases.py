@@ -1,7 +1,6 @@
 """A sweep of 12 points whose trainings are a script of a few lines."""
 
 import contextlib
-import json
 import pathlib
 import signal
 import sys
@@ -96,10 +95,6 @@ def wait_for(condition, seconds=120.0):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
-
-
-def points(study) -> list[str]:
-    return sorted(json.dumps(trial.params) for trial in study.get_trials())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Workers on one study: nothing is lost, nothing is run twice. The trainings are a script."""
 
+import json
 import os
 import pathlib
 import signal
@@ -14,7 +15,6 @@ from sweep_cases import (
     ROOT,
     make_sweep,
     open_worker,
-    points,
     signal_when,
     space_of,
     starts,
@@ -49,18 +49,39 @@ def trial_values(study):
 @pytest.mark.parametrize("kind", STORAGES)
 def test_two_workers_share_the_points_and_run_none_twice(tmp_path, kind):
     """Each with a storage of its own, as two processes have."""
+    hold = tmp_path / "hold"
+    hold.touch()
     both = [open_worker(tmp_path, url=url_of(kind, tmp_path), jobs=2) for _ in range(2)]
     threads = [threading.Thread(target=worker.run) for worker, _ in both]
     for thread in threads:
         thread.start()
+    wait_for(lambda: len(list(tmp_path.glob("trials/*/ready"))) == 4)
+    hold.unlink()
     for thread in threads:
         thread.join()
-    study = both[0][1]
-    assert states(study) == ["COMPLETE"] * GRID
-    assert len(set(points(study))) == GRID
+    # Both may ask for the last point; what the slower one is given then is none of the sweep's.
+    trials, surplus = (both[0][1].get_trials()[part] for part in (slice(GRID), slice(GRID, None)))
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * GRID
+    assert len({json.dumps(trial.params) for trial in trials}) == GRID
     assert starts(tmp_path) == {number: ["False"] for number in range(GRID)}
-    owners = {trial.user_attrs["lease"]["owner"] for trial in study.get_trials()}
-    assert len(owners) == 2
+    assert len({trial.user_attrs["lease"]["owner"] for trial in trials}) == 2
+    assert {trial.state for trial in surplus} <= {TrialState.WAITING}
+
+
+def test_a_worker_too_late_for_the_last_point_leaves_it(tmp_path, monkeypatch):
+    """It saw a point left, and another worker was faster; the sweep ends, and can grow."""
+    (early, study), (late, _) = (open_worker(tmp_path, FEW) for _ in range(2))
+    before = late._trials()
+    early.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(late, "_trials", lambda: before)
+        assert not late._begin_next()
+    assert states(study) == ["COMPLETE"] * 3 + ["WAITING"]
+    assert late.run() == 0
+    assert states(study) == ["COMPLETE"] * 3 + ["WAITING"]
+    assert open_worker(tmp_path, make_sweep(trials=5))[0].run() == 0
+    assert states(study) == ["COMPLETE"] * 5
+    assert starts(tmp_path) == {number: ["False"] for number in range(5)}
 
 
 @pytest.mark.parametrize("kind", STORAGES)
