@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """A configuration value that cannot work; the message names the field and the mend."""
 
 
+class ChoiceError(ConfigError):
+    """A value that is none of its field's options, so that no other field can make it work."""
+
+
 def require(condition: bool, field: str, value: object, mend: str) -> None:
     """Raises `ConfigError` naming `field` unless `condition` holds."""
     if not condition:
@@ -14,6 +18,8 @@ def require(condition: bool, field: str, value: object, mend: str) -> None:
 
 
 def require_choice(field: str, value: object, choices: object) -> None:
-    """Raises `ConfigError` unless `value` is one of the options of the Literal `choices`."""
+    """Raises `ChoiceError` unless `value` is one of the options of the Literal `choices`."""
     options = get_args(choices)
-    require(value in options, field, value, f"choose one of {', '.join(map(repr, options))}")
+    if value not in options:
+        named = ", ".join(map(repr, options))
+        raise ChoiceError(f"{field}={value!r}: choose one of {named}")

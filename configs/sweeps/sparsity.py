@@ -31,7 +31,7 @@ def get_sweep(sampler: SamplerName = "tpe") -> Sweep:
             Choice("attention.index_dim", _INDEX_DIMS),
             Choice("objective.kl_weight", _KL_WEIGHTS),
             Choice("objective.index_warmup_steps", (0, 40, 80, 160)),
-            Choice("attention.selector", ("learned", "strided", "random", "sliding_window")),
+            Choice("attention.selector", ("learned", "strided", "random", "sink_window")),
         ),
         objectives=(
             Objective("validation_loss", "minimize"),

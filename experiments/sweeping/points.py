@@ -11,6 +11,7 @@ from experiments import cli
 from msa_jax.config import ConfigError
 from msa_jax.train.config import ExperimentConfig
 from msa_jax.train.sweep import Choice, Parameter, Sweep, Value
+from msa_jax.validation import ChoiceError
 
 
 class ExcludedError(ValueError):
@@ -83,6 +84,7 @@ def make_space(sweep: Sweep, base: ExperimentConfig) -> Space:
       base: of `base_arguments` and what the command line changes.
 
     Raises:
+      ChoiceError: a value that is none of its field's options.
       UsageError: a field that does not exist, a value of the wrong type, or a swept field that the
         command line sets.
     """
@@ -99,6 +101,8 @@ def make_space(sweep: Sweep, base: ExperimentConfig) -> Space:
         for value in _examples(parameter):
             try:
                 _parse(space.arguments({parameter.field: value}))
+            except ChoiceError:
+                raise
             except ConfigError:
                 continue  # Another parameter may make it work; else its points are pruned.
     return space

@@ -42,6 +42,7 @@ def get_sweep(arg=""):
         ("Choice('attention.topk', (1, 2))", [], ["no such field", "attention.top_k?"]),
         ("Choice('attention', (1, 2))", [], ["it is a section"]),
         ("Choice('train.steps', (1, 'two'))", [], ["config.train.steps=two"]),
+        ("Choice('attention.selector', ('learned', 'sliding_window'))", [], ["'sink_window'"]),
         ("Choice('attention.top_k', (8,))", [], ["parameters", "name each only once"]),
         ("FloatRange('train.steps', 1.5, 2.5)", [], ["config.train.steps=1.5"]),
         ("absent", [], ["line 7: NameError: name 'absent'"]),
