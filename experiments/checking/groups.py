@@ -114,15 +114,16 @@ def _gradients_at_2k() -> Iterator[Check]:
 
 
 def _gradients() -> Iterator[Check]:
-    """Shapes, and places of the queries."""
-    for case in _shapes():
-        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
-            yield GradientCase(case.shape, case.selection, case.dtype)
+    """Places of the queries, 32 of 64 blocks, shapes."""
     two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
     yield GradientCase(shape(2048, **two), "random", chunked=True)
     yield GradientCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
     for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
         yield GradientCase(shape(2048, **two, block_size=64), "random", place=place)
+    yield GradientCase(_half_of_the_blocks(), "random")
+    for case in _shapes():
+        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
+            yield GradientCase(case.shape, case.selection, case.dtype)
 
 
 def _alignment_at_2k() -> Iterator[Check]:
@@ -131,16 +132,21 @@ def _alignment_at_2k() -> Iterator[Check]:
 
 
 def _alignment() -> Iterator[Check]:
-    """Shapes, and places of the queries."""
-    for case in _shapes():
-        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
-            yield AlignmentCase(case.shape, case.selection, case.dtype)
+    """Places of the queries, 32 of 64 blocks, shapes."""
     two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
     yield AlignmentCase(shape(2048, **two, index_dim=64), "random")
     yield AlignmentCase(shape(1999, **two), PREFIX, "float16")
     yield AlignmentCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
     for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
         yield AlignmentCase(shape(2048, **two, block_size=64), "random", place=place)
+    yield AlignmentCase(_half_of_the_blocks(), "random")
+    for case in _shapes():
+        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
+            yield AlignmentCase(case.shape, case.selection, case.dtype)
+
+
+def _half_of_the_blocks() -> Shape:
+    return shape(4096, num_heads=32, num_kv_heads=2, block_size=64, top_k=32)
 
 
 def _shapes() -> Iterator[Check]:
