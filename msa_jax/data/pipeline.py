@@ -1,7 +1,7 @@
 """The data pipeline: from a `DataConfig` to batches, deterministic and checkpointable.
 
-    chunks, shuffled anew every epoch -> documents -> (mixed with synthetic ones) -> token ids
-    -> packed rows, shuffled in a pool -> batches
+    chunks, shuffled anew every epoch -> documents -> token ids -> packed rows, shuffled in a pool
+    -> (mixed with rows of synthetic documents) -> batches
 
 All of it is grain, so a state is a few numbers: where the stream stood when the current pool of
 rows began, and how many of its rows were given out. Restoring packs that pool again.
@@ -29,7 +29,7 @@ from msa_jax.data.packing import Batch
 from msa_jax.data.tokenizer import Tokenizer, load_tokenizer
 from msa_jax.train.config import DataConfig
 
-# Reading in the caller's thread: packing is far faster than any model.
+# Reading in the thread that packs, which is far faster than most models.
 _READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 # Synthetic documents are drawn as they are asked for; no run gets to the end of them.
 _ENDLESS = 2**62
@@ -68,11 +68,16 @@ class TrainIterator(Iterator[Batch]):
             )
         self._batches.set_state(_with_tuples(state["position"]))
 
+    def close(self) -> None:
+        """Ends the thread that packs ahead, if there is one; no batch can be had after it."""
+        self._batches.close()
+
 
 def train_iterator(
     config: DataConfig,
     *,
     block_size: int,
+    prefetch: int = 0,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> TrainIterator:
@@ -81,6 +86,8 @@ def train_iterator(
     Args:
       config: what to read.
       block_size: documents start on multiples of it; divides `config.sequence_length`.
+      prefetch: batches that a thread packs ahead, from the first one asked for; close the iterator
+        to end it. 0 packs as asked.
       process_index: whose rows to give out; JAX's by default.
       process_count: among how many processes; JAX's by default.
 
@@ -92,17 +99,22 @@ def train_iterator(
     """
     tokenizer = load_tokenizer(config.tokenizer)
     rows_of_process = _rows_of_process(config, process_index, process_count)
-    parts, shares, corpora = [], [], ()
+    documents, shares, corpora = [], [], ()
     if config.source != "retrieval" and config.retrieval_share < 1:
         corpora = open_corpus(config)
-        parts.append(_documents(_source(corpora[0], config).repeat(), config.seed))
+        documents.append(_documents(_source(corpora[0], config).repeat(), config.seed))
         shares.append(1 - config.retrieval_share)
     if config.source == "retrieval" or config.retrieval_share > 0:
-        parts.append(_retrieval_documents(config, tokenizer, "train"))
+        documents.append(_retrieval_documents(config, tokenizer, "train"))
         shares.append(config.retrieval_share or 1)
-    documents = parts[0] if len(parts) == 1 else grain.IterDataset.mix(parts, shares)
-    batches = _rows(documents, config, tokenizer, block_size).batch(config.batch_size)
-    return TrainIterator(iter(batches.map(rows_of_process)), corpus_digest(corpora))
+    parts = [_rows(part, config, tokenizer, block_size) for part in documents]
+    rows = parts[0] if len(parts) == 1 else grain.IterDataset.mix(parts, shares)
+    batches = rows.batch(config.batch_size).map(rows_of_process)
+    if prefetch:
+        batches = grain_experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=prefetch
+        )
+    return TrainIterator(iter(batches), corpus_digest(corpora))
 
 
 def validation_batches(
@@ -154,6 +166,8 @@ def _source(corpus: Corpus, config: DataConfig) -> grain.MapDataset:
 
 def _with_tuples(state: Any) -> Any:
     """A state as it was before JSON made lists of the slices that grain compares with tuples."""
+    if isinstance(state, list):  # of the parts of a mixture
+        return [_with_tuples(part) for part in state]
     if not isinstance(state, dict):
         return state
     slices = state.get("remainder_slices", {})
@@ -185,27 +199,29 @@ class _Flatten(grain_experimental.FlatMapTransform):
 def _retrieval_documents(
     config: DataConfig, tokenizer: Tokenizer, split: retrieval.Split
 ) -> grain.IterDataset:
-    """Synthetic documents of a quarter to all of a row, so that answers stand at many positions."""
-    task = config.retrieval_task
+    """Synthetic documents of all lengths up to a row, with as many tokens in each octave of them.
+
+    Long ones are what there is to learn; the many short ones are what it is learned from.
+    """
     longest = config.sequence_length - 1  # a separator goes before it
-    shortest = retrieval.shortest_length(task)
+    shortest = retrieval.shortest_length(config.retrieval_task)
     require(
         shortest <= longest,
         "data.sequence_length",
         config.sequence_length,
-        f"must be at least {shortest + 1} to hold a {task} document",
+        f"must be at least {shortest + 1} to hold a {config.retrieval_task} document",
     )
 
     def measure(text: str) -> int:
         return len(tokenizer.encode(text))
 
     def document(index: int) -> str:
-        rng = np.random.default_rng((config.seed, index))
-        length = int(rng.integers(max(shortest, longest // 4), longest, endpoint=True))
-        example = retrieval.retrieval_example(
-            task, length=length, seed=config.seed, index=index, split=split, measure=measure
-        )
-        return example.document
+        place: Any = {"seed": config.seed, "index": index, "split": split}
+        task = retrieval.task_of(config.retrieval_task, **place)
+        shortest = retrieval.shortest_length(task)
+        draw = np.random.default_rng((config.seed, index)).random()
+        length = int(1 / (1 / shortest - draw * (1 / shortest - 1 / longest)))
+        return retrieval.retrieval_example(task, length=length, measure=measure, **place).document
 
     return grain.MapDataset.range(_ENDLESS).map(document).to_iter_dataset(_READ_OPTIONS)
 

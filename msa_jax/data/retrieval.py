@@ -90,15 +90,21 @@ def retrieval_example(
     shortest = shortest_length(task, num_keys=num_keys)
     if length < shortest:
         raise ValueError(f"length={length}: a {task!r} example needs at least {shortest}")
-    place = (seed, get_args(Split).index(split), index)
-    if task == "mixture":
-        task = np.random.default_rng((*place, 2)).choice(TASKS).item()
+    place = _place(seed, split, index)
+    task = task_of(task, seed=seed, index=index, split=split)
     if task == "associative_recall":
         return _recall(length, seed, index, split)
     if task in WORD_TASKS:
         return _list_words(task, length, place, measure)
     haystack = haystack or filler_haystack(measure)
     return _hide_needles(task, length, depth, num_keys, place, measure, haystack)
+
+
+def task_of(task: RetrievalTask, *, seed: int, index: int, split: Split) -> RetrievalTask:
+    """What example `index` of a stream asks: `task`, or which one of a mixture."""
+    if task != "mixture":
+        return task
+    return np.random.default_rng((*_place(seed, split, index), 2)).choice(TASKS).item()
 
 
 def shortest_length(task: RetrievalTask, *, num_keys: int = 4) -> int:
@@ -135,6 +141,10 @@ def _check(task: str, depth: float | None, num_keys: int) -> None:
         raise ValueError(f"depth={depth}: must lie between 0 (start) and 1 (end)")
     if not 1 <= num_keys <= MAX_KEYS:
         raise ValueError(f"num_keys={num_keys}: must lie between 1 and {MAX_KEYS}")
+
+
+def _place(seed: int, split: Split, index: int) -> tuple[int, ...]:
+    return seed, get_args(Split).index(split), index
 
 
 def _generators(place: tuple[int, ...]) -> tuple[np.random.Generator, np.random.Generator]:
@@ -208,7 +218,7 @@ def _list_words(task, length, place, measure) -> RetrievalExample:
 def _recall(length: int, seed: int, index: int, split: Split) -> RetrievalExample:
     """An associative-recall text, whose last query is the question."""
     fitting = [count for count in _PAIRS if shortest_recall(count) <= length]
-    rng = np.random.default_rng((seed, get_args(Split).index(split), index, 1))
+    rng = np.random.default_rng((*_place(seed, split, index), 1))
     num_pairs = int(rng.choice(fitting))
     text = recall_example(
         num_pairs=num_pairs, length=length, seed=seed, index=index, split=split

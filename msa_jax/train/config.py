@@ -40,7 +40,7 @@ class DataConfig:
       validation_fraction: share of files held out.
       retrieval_task: the synthetic task that `retrieval_share` mixes in, see
         `msa_jax.data.retrieval`; "mixture" draws from all of them.
-      retrieval_share: share of training documents that are synthetic.
+      retrieval_share: share of training rows that are of synthetic documents.
       seed: of shuffling and of the synthetic documents.
     """
 
@@ -203,6 +203,8 @@ class TrainConfig:
       eval_batches: validation batches per evaluation.
       checkpoint_every: steps between checkpoints; 0 saves at the end only.
       keep_checkpoints: newest ones kept.
+      prefetch_batches: batches that a thread packs ahead, for runs whose steps would wait for data;
+        0 packs one, while the devices work.
       init_from: work directory of a dense (GQA) run of the same architecture to continue from with
         fresh index weights (MSA-CPT); empty starts from scratch.
       profile_start: first step of the profiler window.
@@ -217,6 +219,7 @@ class TrainConfig:
     eval_batches: int = 8
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    prefetch_batches: int = 0
     init_from: str = ""
     profile_start: int = 10
     profile_steps: int = 0
@@ -225,7 +228,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "log_every", "eval_batches", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be >= 1")
-        for name in ("eval_every", "checkpoint_every", "profile_start", "profile_steps"):
+        free = ("eval_every", "checkpoint_every", "prefetch_batches")
+        for name in (*free, "profile_start", "profile_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
 
 

@@ -13,6 +13,7 @@ A run lives in its work directory:
 Steps count from 1: a record or a checkpoint of step N is of N finished optimizer steps.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -92,8 +93,13 @@ def train(
     mesh = make_mesh(dataclasses.asdict(config.mesh), None if devices is None else list(devices))
     _check_batch_size(config, mesh)
     require_vocabulary(config, vocab_size(config.data))
-    data = train_iterator(config.data, block_size=config.attention.block_size)
+    data = train_iterator(
+        config.data,
+        block_size=config.attention.block_size,
+        prefetch=config.train.prefetch_batches,
+    )
     with (
+        contextlib.closing(data),
         jax.set_mesh(mesh),
         jax.debug_nans(config.train.debug_nans or jax.config.jax_debug_nans),
         Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer,

@@ -4,8 +4,10 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,6 +17,7 @@ import pytest
 from msa_jax.config import ConfigError
 from msa_jax.data import packing, pipeline
 from msa_jax.data.corpus import open_corpus
+from msa_jax.data.haystack import FILLER
 from msa_jax.data.packing import BATCH_KEYS, padding_share, validate_batch
 from msa_jax.data.pipeline import train_iterator, validation_batches, vocab_size
 from msa_jax.data.retrieval import shortest_length
@@ -115,12 +118,20 @@ def test_order_follows_the_seed(records):
 
 @pytest.mark.usefixtures("small_pool")
 @pytest.mark.parametrize(
-    ("retrieval_share", "joined"), [(0.0, False), (0.4, False), (1.0, False), (0.0, True)]
+    ("retrieval_share", "joined", "prefetch"),
+    [
+        (0.0, False, 0),
+        (0.4, False, 0),
+        (1.0, False, 0),
+        (0.0, True, 0),
+        (0.4, True, 0),
+        (0.4, True, 5),
+    ],
 )
-def test_restored_iterator_goes_on_to_the_bit(records, retrieval_share, joined):
+def test_restored_iterator_goes_on_to_the_bit(records, retrieval_share, joined, prefetch):
     changes = {"retrieval_share": retrieval_share, "join_documents": joined}
     config = DataConfig(**{**vars(records), **changes, "sequence_length": 256})
-    iterator = train_iterator(config, block_size=BLOCK)
+    iterator = train_iterator(config, block_size=BLOCK, prefetch=prefetch)
     states, expected = [through_json(iterator.get_state())], []
     for _ in range(40):  # several epochs and many pools; a batch is half a pool
         expected += take(iterator, 1)
@@ -128,10 +139,12 @@ def test_restored_iterator_goes_on_to_the_bit(records, retrieval_share, joined):
     expected += take(iterator, 3)
     assert len(set(expected)) == len(expected)
     for step in (0, 1, 2, 7, 16, 33, 40):
-        fresh = train_iterator(config, block_size=BLOCK)
+        fresh = train_iterator(config, block_size=BLOCK, prefetch=prefetch)
         fresh.set_state(states[step])
         assert through_json(fresh.get_state()) == states[step]
         assert take(fresh, 3) == expected[step : step + 3]
+        fresh.close()
+    iterator.close()
 
 
 @hypothesis.settings(deadline=None, max_examples=10)
@@ -223,6 +236,20 @@ def test_training_and_validation_share_no_document(records):
     assert sorted(documents_of(batches)) == sorted(validation)
 
 
+@pytest.mark.usefixtures("small_pool")
+def test_batches_packed_ahead_are_the_same_and_their_thread_ends(records):
+    def packing_threads():
+        return [one for one in threading.enumerate() if "prefetch" in one.name]
+
+    expected = take(train_iterator(records, block_size=BLOCK), 12)
+    iterator = train_iterator(records, block_size=BLOCK, prefetch=4)
+    assert not packing_threads()
+    assert take(iterator, 12) == expected
+    assert len(packing_threads()) == 1
+    iterator.close()
+    assert not packing_threads()
+
+
 def test_validation_is_the_same_every_time_and_ends_with_padding(records):
     batches = list(validation_batches(records, block_size=BLOCK, num_batches=10**6))
     again = validation_batches(records, block_size=BLOCK, num_batches=10**6)
@@ -258,24 +285,36 @@ def test_processes_share_the_rows_of_a_batch(records):
 
 @pytest.mark.usefixtures("small_pool")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_retrieval_share_is_of_documents(records, share):
-    config = DataConfig(**{**vars(records), "retrieval_share": share, "sequence_length": 256})
-    batches = itertools.islice(train_iterator(config, block_size=BLOCK), 100)
-    synthetic = ["What is the pass key?" in text for text in documents_of(batches)]
-    assert np.mean(synthetic) == pytest.approx(share, abs=0.05)
+@pytest.mark.parametrize("joined", [False, True])
+def test_retrieval_share_is_of_rows(records, share, joined):
+    """Of the rows of every few batches, however long the documents of the corpus are."""
+    changes = {"retrieval_share": share, "sequence_length": 256, "join_documents": joined}
+    iterator = train_iterator(DataConfig(**{**vars(records), **changes}), block_size=BLOCK)
+    rows = [row for batch in itertools.islice(iterator, 40) for row in batch["tokens"]]
+    texts = [ByteTokenizer().decode(row) for row in rows]
+    synthetic = np.array([any(word in text for word in ("pass key", *FILLER)) for text in texts])
+    natural = np.array([re.search(r"[a-f]\d+ [a-f]\d", text) is not None for text in texts])
+    assert not (synthetic & natural).any()
+    tens = synthetic.reshape(-1, 10).sum(1)  # of each ten rows
+    assert np.abs(tens - 10 * share).max() <= 1
 
 
 def test_retrieval_documents_end_with_the_answer_at_many_lengths():
+    """As many tokens in each octave of lengths."""
     config = DataConfig(source="retrieval", sequence_length=1024, batch_size=8)
-    texts = list(documents_of(itertools.islice(train_iterator(config, block_size=BLOCK), 10)))
+    texts = list(documents_of(itertools.islice(train_iterator(config, block_size=BLOCK), 60)))
     for text in texts:
         answer = text.rpartition(" ")[2]
         assert text.count(f"The pass key is {answer}") == 2
-    lengths = [len(text) for text in texts]
-    assert min(lengths) < 400
-    assert 900 < max(lengths) < 1024
+    lengths = np.array([len(text) for text in texts])
+    assert lengths.min() < 80
+    assert 1000 < lengths.max() < 1024
+    edges = np.geomspace(shortest_length("passkey"), 1023, 5)
+    shares = np.histogram(lengths, edges, weights=lengths)[0] / lengths.sum()
+    np.testing.assert_allclose(shares, 0.25, atol=0.1)  # texts end with whole sentences
     held_out = validation_batches(config, block_size=BLOCK, num_batches=10)
-    assert not set(texts) & set(documents_of(held_out))
+    long = {text for text in texts if len(text) > 300}  # short ones are few, and meet by chance
+    assert not long & set(documents_of(held_out))
 
 
 def test_row_must_hold_a_retrieval_document_and_its_separator():

@@ -1,0 +1,27 @@
+"""With and without the gradient's detach: what the index branch's loss does to the model.
+
+    python -m experiments.sweep --sweep=configs/sweeps/detach.py --workdir=runs/sweeps/detach
+
+A grid of four: the index branch's input detached or not, by lambda. Undetached, the KL loss reaches
+the residual stream, where a model can lower it by making attention easier to imitate.
+
+Hardware: made for one GPU of 80 GB; no GPU has run it.
+Expected result: not measured yet.
+"""
+
+from msa_jax.train.sweep import Choice, Objective, Sweep
+
+
+def get_sweep() -> Sweep:
+    """The sweep."""
+    return Sweep(
+        config="configs/comparison.py",
+        parameters=(
+            Choice("attention.detach_index_input", (True, False)),
+            Choice("objective.kl_weight", (1.0, 10.0)),
+        ),
+        objectives=(
+            Objective("validation_loss", "minimize"),
+            Objective("score_recall", "maximize"),
+        ),
+    )
