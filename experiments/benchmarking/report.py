@@ -12,8 +12,9 @@ import rich.table
 from experiments.benchmarking import figures, results, summary, training_report
 from experiments.benchmarking.cases import BASELINES, FORWARD, MSA, TRAINING
 from experiments.benchmarking.results import Part, Row
-from experiments.benchmarking.tables import Table, factors, gigabytes, head, milliseconds, span
+from experiments.benchmarking.tables import factors, gigabytes, head, milliseconds, span
 from msa_jax.eval.figures import short_length
+from msa_jax.eval.tables import Table
 
 Record = dict[str, Any]
 

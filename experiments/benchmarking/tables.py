@@ -5,9 +5,6 @@ from experiments.benchmarking.results import Part, Row
 from experiments.benchmarking.summary import Speedup
 from msa_jax.eval.figures import short_length
 
-# Header and lines.
-Table = tuple[list[str], list[list[str]]]
-
 
 def head(row: Row) -> list[str]:
     """Tokens, kind of selection, precision of the index."""

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from experiments.benchmarking import results, summary
 from experiments.benchmarking.cases import BASELINES, MSA
 from experiments.benchmarking.results import Row
-from experiments.benchmarking.tables import Table, factors, gigabytes, head, milliseconds, span
+from experiments.benchmarking.tables import factors, gigabytes, head, milliseconds, span
 from msa_jax.eval.figures import short_length
+from msa_jax.eval.tables import Table
 
 _ERRORS = ("output", "kl", "dq", "dk", "dv", "dindex_q", "dindex_k")
 

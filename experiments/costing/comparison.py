@@ -9,10 +9,10 @@ from experiments.benchmarking.results import ResultError
 from experiments.costing import words
 from experiments.costing.costs import BreakEven, CostRow, Setting, break_evens, cost_rows
 from experiments.costing.shapes import ESTIMATES, PublishedEstimate
-from experiments.costing.words import Table
 from msa_jax import economics
 from msa_jax.config import ArchitectureConfig, dense_twin
 from msa_jax.eval.figures import short_length
+from msa_jax.eval.tables import Table
 from msa_jax.train.config import ExperimentConfig
 
 LENGTHS = tuple(estimate.length for estimate in ESTIMATES)
@@ -175,13 +175,6 @@ def measured_steps(folder: pathlib.Path, config: ExperimentConfig, setting: Sett
             ]
         )
     return ["training step of configs/h100_350m.py", "model (ms)", "measured (ms)", ""], lines
-
-
-def markdown(table: Table) -> str:
-    """A table of text."""
-    header, lines = table
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
 def _where(found: Mapping[str, Model], share: Callable[[CostRow], float]) -> str:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from experiments.costing import comparison, words
-from experiments.costing.comparison import Model, markdown
+from experiments.costing.comparison import Model
 from experiments.costing.costs import CostRow, Setting, cost_rows
 from experiments.costing.files import as_csv, as_json
 from experiments.costing.page import cost_curves
-from experiments.costing.words import Table
 from msa_jax.eval import figures
+from msa_jax.eval.tables import Table, markdown
 
 
 def files(

@@ -14,7 +14,7 @@ import rich.table
 
 from experiments.benchmarking.cases import FORWARD, TRAINING
 from experiments.costing.costs import BreakEven, Setting
-from experiments.costing.words import Table
+from msa_jax.eval.tables import Table
 
 
 def show(title: str, tables: Mapping[str, Table], notes: Sequence[str]) -> None:

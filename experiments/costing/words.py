@@ -9,9 +9,7 @@ from experiments.costing.measurements import MATMUL_FRACTION
 from msa_jax import cost
 from msa_jax.config import ArchitectureConfig, AttentionConfig
 from msa_jax.eval.figures import short_length
-
-# Header and lines.
-Table = tuple[list[str], list[list[str]]]
+from msa_jax.eval.tables import Table
 
 # What the rate of a kernel depends on beside the length.
 _FEATURES: dict[str, Callable[[AttentionConfig], int]] = {

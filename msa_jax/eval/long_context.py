@@ -124,6 +124,15 @@ class ResultsFile:
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "ResultsFile":
+        """The results in a file, whatever they are of.
+
+        Raises:
+          ConfigError: the file is missing or damaged.
+        """
+        return cls(path, _read_json(pathlib.Path(path))[0])
+
     def add(self, cell: Cell, values: Mapping[str, Any]) -> None:
         """Keeps a finished cell."""
         self.cells[cell.key] = dict(values)
@@ -141,13 +150,7 @@ class ResultsFile:
             yield cell, cells[cell]
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            identity, cells = content["identity"], content["cells"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"{self.path}: holds no results; delete it, or take another --output"
-            ) from None
+        identity, cells = _read_json(self.path)
         names = dict.fromkeys((*identity, *self.identity))
         differing = [
             f"{name} {identity.get(name)!r}, now {self.identity.get(name)!r}"
@@ -160,3 +163,16 @@ class ResultsFile:
                 "or take another --output"
             )
         return cells
+
+
+def _read_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Identity and cells."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["identity"], content["cells"]
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path}: holds no results; delete it, or take another --output"
+        ) from None

@@ -22,14 +22,13 @@ from msa_jax.eval.run_figures import (
     selection_figures,
     training_figures,
 )
-from msa_jax.eval.runs import (
-    Run,
-    RunFileError,
-    read_runs,
-    reporting_layers,
-    series,
+from msa_jax.eval.run_numbers import (
+    attention_flops_per_token,
+    clock_median,
+    percent,
+    short_number,
 )
-from msa_jax.train.metrics import CLOCK_PREFIX
+from msa_jax.eval.runs import Run, RunFileError, read_runs, reporting_layers
 
 LAYER_METRICS = {
     "score_recall": "score recall",
@@ -102,21 +101,25 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
         ("validation loss (nats per token)", lambda run: run.evaluation.loss, "{:.4f}".format),
         ("bits per byte", lambda run: run.evaluation.bits_per_byte, "{:.4f}".format),
-        ("tokens per second, median", lambda run: _median(run, "tokens_per_second"), _count),
-        ("MFU, own FLOPs, median", lambda run: _median(run, "mfu_sparse"), "{:.1%}".format),
+        ("tokens per second, median", lambda run: clock_median(run, "tokens_per_second"), _count),
+        ("MFU, own FLOPs, median", lambda run: clock_median(run, "mfu_sparse"), "{:.1%}".format),
         (
             "MFU, dense-equivalent FLOPs, median",
-            lambda run: _median(run, "mfu_dense_equivalent"),
+            lambda run: clock_median(run, "mfu_dense_equivalent"),
             "{:.1%}".format,
         ),
-        ("parameters", lambda run: cost.parameter_count(run.config).total, _short),
-        ("parameters, active", lambda run: cost.parameter_count(run.config).active, _short),
-        ("attention FLOPs per token, forward", _attention_flops, _short),
-        ("training FLOPs per token, own", lambda run: _training(run).sparse, _short),
+        ("parameters", lambda run: cost.parameter_count(run.config).total, short_number),
+        ("parameters, active", lambda run: cost.parameter_count(run.config).active, short_number),
+        (
+            "attention FLOPs per token, forward",
+            lambda run: attention_flops_per_token(run.config),
+            short_number,
+        ),
+        ("training FLOPs per token, own", lambda run: _training(run).sparse, short_number),
         (
             "training FLOPs per token, dense-equivalent",
             lambda run: _training(run).dense_equivalent,
-            _short,
+            short_number,
         ),
         ("optimizer steps", lambda run: run.evaluation.step, _count),
         ("validation tokens scored", lambda run: run.evaluation.tokens, _count),
@@ -128,7 +131,7 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         numbers = [float(value(run)) for run in runs]
         if name.startswith("MFU") and np.isnan(numbers).all():
             continue  # a device without a known peak, such as a CPU
-        relative = [_percent(number, numbers[-1]) for number in numbers[:-1]]
+        relative = [percent(number, numbers[-1]) for number in numbers[:-1]]
         cells = ["not recorded" if np.isnan(number) else show(number) for number in numbers]
         body.append([name, *cells, *relative])
     return head, body
@@ -136,11 +139,11 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 def _headline(run: Run, reference: Run) -> str:
     loss, other = run.evaluation.loss, reference.evaluation.loss
-    ratio = _attention_flops(reference) / _attention_flops(run)
+    ratio = attention_flops_per_token(reference.config) / attention_flops_per_token(run.config)
     sentence = (
         f"{run.label} has a validation loss of {loss:.4f} nats per token after "
         f"{run.evaluation.step:,} steps, {reference.label} {other:.4f} after "
-        f"{reference.evaluation.step:,} ({_percent(loss, other)}). On "
+        f"{reference.evaluation.step:,} ({percent(loss, other)}). On "
         f"{run.config.data.sequence_length:,} tokens {reference.label} needs {ratio:.2f} times the "
         f"attention FLOPs of {run.label}."
     )
@@ -300,36 +303,9 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _median(run: Run, name: str) -> float:
-    """Of a clock metric over the training records; the first, which holds compilation, aside."""
-    values = series(run.train, f"{CLOCK_PREFIX}{name}")[1]
-    return float(np.median(values[1:] if len(values) > 1 else values)) if len(values) else np.nan
-
-
-def _attention_flops(run: Run) -> float:
-    flops = cost.model_flops(run.config, run.config.data.sequence_length)
-    return (flops.attention + flops.index_scores) / run.config.data.sequence_length
-
-
 def _training(run: Run) -> cost.TrainingFlopsPerToken:
     return cost.training_flops_per_token(run.config, run.config.data.sequence_length)
 
 
 def _count(value: float) -> str:
     return f"{value:,.0f}"
-
-
-def _short(value: float) -> str:
-    """Three significant digits with the field's suffixes: 1.47B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
-def _percent(value: float, reference: float) -> str:
-    if np.isnan(value) or np.isnan(reference) or not reference:
-        return ""
-    if value == reference:
-        return "same"
-    return f"{100 * (value - reference) / reference:+.2f} %".replace("-", "\N{MINUS SIGN}")

@@ -100,7 +100,7 @@ class Run:
       train: training records, oldest first.
       validation: evaluation records, oldest first.
       evaluation: the final evaluation.
-      selection: None for a model that selects nothing.
+      selection: None for a model that selects nothing, or where it was not asked for.
     """
 
     label: str
@@ -130,8 +130,8 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     return [dataclasses.replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """Reads one run's folder; see `read_runs`."""
+def read_run(path: str | os.PathLike[str], *, selection: bool = True) -> Run:
+    """Reads one run's folder; see `read_runs`. Without `selection` that file is not needed."""
     folder = pathlib.Path(path)
     manifest_path = _existing(folder / "manifest.json")
     starts = _json_object(manifest_path).get("starts")
@@ -143,9 +143,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise RunFileError(f"{manifest_path}: {error}") from error
     evaluation = read_evaluation(folder / "evaluation.json")
     train, validation = _read_records(metrics_path(folder))
-    selection = None
-    if any(config.computes_selection(layer) for layer in range(config.model.num_layers)):
-        selection = _read_selection(folder / "selection.npz", config, evaluation)
+    found = None
+    if selection and any(
+        config.computes_selection(layer) for layer in range(config.model.num_layers)
+    ):
+        found = _read_selection(folder / "selection.npz", config, evaluation)
     return Run(
         label=_label(config),
         path=folder,
@@ -155,7 +157,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         train=train,
         validation=validation,
         evaluation=evaluation,
-        selection=selection,
+        selection=found,
     )
 
 
