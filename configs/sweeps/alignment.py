@@ -17,7 +17,7 @@ def get_sweep() -> Sweep:
         config="configs/comparison.py",
         parameters=(
             Choice("objective.kl_weight", (0.1, 1.0, 10.0)),
-            Choice("objective.index_warmup_steps", (0, 100, 300)),
+            Choice("objective.index_warmup_steps", (0, 300, 1000)),
         ),
         objectives=(
             Objective("validation_loss", "minimize"),

@@ -201,7 +201,8 @@ def _retrieval_documents(
 ) -> grain.IterDataset:
     """Synthetic documents of all lengths up to a row, with as many tokens in each octave of them.
 
-    Long ones are what there is to learn; the many short ones are what it is learned from.
+    Long ones are what there is to learn; the many short ones are what it is learned from. Documents
+    of many needles fill a row, as they have short distances and long ones in them.
     """
     longest = config.sequence_length - 1  # a separator goes before it
     shortest = retrieval.shortest_length(config.retrieval_task)
@@ -221,6 +222,7 @@ def _retrieval_documents(
         shortest = retrieval.shortest_length(task)
         draw = np.random.default_rng((config.seed, index)).random()
         length = int(1 / (1 / shortest - draw * (1 / shortest - 1 / longest)))
+        length = longest if task == "many_needles" else length
         return retrieval.retrieval_example(task, length=length, measure=measure, **place).document
 
     return grain.MapDataset.range(_ENDLESS).map(document).to_iter_dataset(_READ_OPTIONS)

@@ -14,13 +14,30 @@ import numpy as np
 
 from msa_jax.data.associative_recall import VALUES, Split, recall_example, shortest_recall
 from msa_jax.data.haystack import Haystack, filler_haystack
-from msa_jax.data.retrieval_tasks import MAX_KEYS, NEEDLE_TASKS, NUM_WRONG, WORD_TASKS
+from msa_jax.data.retrieval_tasks import (
+    LONGEST_PAIR,
+    MAX_KEYS,
+    NEEDLE_TASKS,
+    NUM_WRONG,
+    WORD_TASKS,
+    draw_pairs,
+    wrong_codes,
+)
 from msa_jax.train.config import RetrievalTask
 
-TASKS: tuple[RetrievalTask, ...] = (*NEEDLE_TASKS, *WORD_TASKS, "associative_recall")
+TASKS: tuple[RetrievalTask, ...] = (
+    *NEEDLE_TASKS,
+    *WORD_TASKS,
+    "associative_recall",
+    "many_needles",
+)
 
 # Pairs of an associative-recall document: one of these that fits.
 _PAIRS = (2, 4, 8, 16, 32)
+# Of a many-needles text: how often each needle is asked for, and characters to a needle with its
+# questions, which are three quarters of them.
+_TIMES = 3
+_PAIR_LENGTH = 280
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +85,10 @@ def retrieval_example(
         of one key; "multi_query": several keys, half of them asked; "variable_tracking": the
         variables of a chain of assignments; "question_answering": facts about people, of which one
         or two are needed; "common_words", "frequent_words": of a list of words;
-        "associative_recall": the value of a key (`msa_jax.data.associative_recall`); "mixture": any
-        of these, drawn uniformly.
+        "associative_recall": the value of a key (`msa_jax.data.associative_recall`);
+        "many_needles": needles with a name each, and the questions about them, all along the text,
+        so that a document asks often and at many distances; "mixture": any of these, drawn
+        uniformly.
       length: most that prompt and answer measure together; they are at most one piece of the
         haystack (or word) shorter by `len`, and somewhat more by a tokenizer, whose tokens join
         across pieces.
@@ -97,6 +116,8 @@ def retrieval_example(
     if task in WORD_TASKS:
         return _list_words(task, length, place, measure)
     haystack = haystack or filler_haystack(measure)
+    if task == "many_needles":
+        return _ask_often(length, depth, place, measure, haystack)
     return _hide_needles(task, length, depth, num_keys, place, measure, haystack)
 
 
@@ -114,6 +135,8 @@ def shortest_length(task: RetrievalTask, *, num_keys: int = 4) -> int:
         return max(shortest_length(task, num_keys=num_keys) for task in TASKS)
     if task == "associative_recall":
         return shortest_recall(_PAIRS[0])
+    if task == "many_needles":
+        return LONGEST_PAIR + len(_answer(("00000",)))
     return _shortest(task, num_keys)
 
 
@@ -192,6 +215,37 @@ def _hide(
         before = cut
     text = "".join([*pieces, *sentences[before:]])
     return text, float(starts[cuts[0]] / starts[-1] if sentences else depths[0])
+
+
+def _ask_often(length, depth, place, measure, haystack) -> RetrievalExample:
+    """Needles anywhere, each asked for several times further on; the first one's last ends it."""
+    rng, spare = _generators(place)
+    pairs = draw_pairs(max(1, length // _PAIR_LENGTH), rng)
+    times = _TIMES if length >= _PAIR_LENGTH else 1
+    starts = rng.random(len(pairs))
+    starts[0] = starts[0] if depth is None else depth
+    nearest, questions = 1 / (2 * times * len(pairs)), [starts]
+    for _ in range(times):  # distances of all octaves alike, each from the mention before
+        room = np.maximum(1 - questions[-1], nearest)
+        questions.append(questions[-1] + nearest * (room / nearest) ** rng.random(len(pairs)))
+    question, answer = pairs[0].question, _answer((pairs[0].code,))
+    said = [pair.needle for pair in pairs]
+    asked = [f"{pair.question}{_answer((pair.code,))}\n" for pair in pairs] * times
+    del asked[len(pairs) * (times - 1)]
+    places = np.delete(np.concatenate(questions), len(pairs) * times)
+    filler = haystack.draw(length - measure("".join((*said, *asked, question, answer))), rng)
+    filler = [piece for piece in filler if not any(pair.code in piece for pair in pairs)]
+    while True:
+        texts = (*said, *asked, *filler)
+        order = np.argsort([*places, *np.linspace(0, 1, len(filler))], kind="stable")
+        context = "".join(texts[index] for index in order)
+        if not filler or measure(context + question + answer) <= length:
+            break
+        filler = filler[:-1]
+    others = wrong_codes([pair.code for pair in pairs[1:]], pairs[0].code, spare)[:NUM_WRONG]
+    found = context.index(pairs[0].needle) / len(context)
+    wrong = tuple(_answer((other,)) for other in others)
+    return RetrievalExample(context + question, answer, found, (pairs[0].code,), wrong)
 
 
 def _list_words(task, length, place, measure) -> RetrievalExample:

@@ -80,10 +80,19 @@ def _multi_key(num_keys: int, rng: np.random.Generator, spare: np.random.Generat
 def _one_of(names: Sequence[str], rng: np.random.Generator, spare: np.random.Generator) -> Draw:
     """A code for each name; the first is asked."""
     codes = _draw_codes(rng, len(names))
-    needles = [f"The {name} is {code}. " for name, code in zip(names, codes, strict=True)]
-    question = f"\nWhat is the {names[0]}? The {names[0]} is"
-    others = _others(codes[1:], codes[:1], _endless_codes(spare))
-    return Draw((needles[0],), tuple(needles[1:]), question, (codes[0],), others)
+    needles = [_needle(name, code) for name, code in zip(names, codes, strict=True)]
+    return Draw(
+        needles=(needles[0],),
+        distractors=tuple(needles[1:]),
+        question=_question(names[0]),
+        answers=(codes[0],),
+        others=wrong_codes(codes[1:], codes[0], spare),
+    )
+
+
+def wrong_codes(first: Sequence[str], right: str, spare: np.random.Generator) -> tuple[str, ...]:
+    """`NUM_WRONG` codes or more, none of them right: `first`, then fresh ones."""
+    return _others(first, (right,), _endless_codes(spare))
 
 
 def _multi_value(num_keys: int, rng: np.random.Generator, spare: np.random.Generator) -> Draw:
@@ -191,6 +200,49 @@ WORD_TASKS: dict[
     "common_words": (3 * _COMMON, _common_words),
     "frequent_words": (40, _frequent_words),
 }
+
+
+# Two words too, so that a long text has names enough.
+_MANY_NAMES = (
+    "pass key",
+    *(f"{key} key" for key in KEYS),
+    *(f"{one} {other} key" for one in KEYS for other in KEYS if one != other),
+)
+
+
+class Pair(NamedTuple):
+    """A needle, and the question that asks for its code."""
+
+    needle: str
+    question: str
+    code: str
+
+
+def draw_pairs(count: int, rng: np.random.Generator) -> tuple[Pair, ...]:
+    """Different names, a code of its own each.
+
+    Args:
+      count: at most `len(_MANY_NAMES)` are drawn.
+      rng: of names and codes.
+    """
+    names = rng.choice(_MANY_NAMES, min(count, len(_MANY_NAMES)), replace=False)
+    codes = _draw_codes(rng, len(names))
+    return tuple(
+        Pair(_needle(name, code), _question(name), code)
+        for name, code in zip(names, codes, strict=True)
+    )
+
+
+def _needle(name: str, code: str) -> str:
+    return f"The {name} is {code}. "
+
+
+def _question(name: str) -> str:
+    return f"\nWhat is the {name}? The {name} is"
+
+
+# Characters of the longest needle and its question.
+LONGEST_PAIR = max(len(_needle(name, "00000") + _question(name)) for name in _MANY_NAMES)
 
 
 def _draw_codes(rng: np.random.Generator, count: int) -> tuple[str, ...]:

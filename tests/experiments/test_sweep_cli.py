@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import json
 import signal
 
@@ -12,6 +13,7 @@ from sweep_cases import ROOT, signal_when
 
 from experiments import cli, sweep
 from experiments.sweeping.training import trial_folder
+from msa_jax.train.sweep import grid_values
 
 SWEEP_FILE = """
 from msa_jax.train.sweep import Choice, FloatRange, Objective, Sweep
@@ -94,12 +96,23 @@ def test_without_optuna_the_extra_is_named(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "trials"),
-    [("quickstart.py", 12), ("sparsity.py", 120), ("sparsity.py:grid", 3840)],
+    [
+        ("quickstart.py", 12),
+        ("sparsity.py", 120),
+        ("sparsity.py:grid", 3840),
+        ("budget.py", 8),
+        ("alignment.py", 9),
+        ("detach.py", 4),
+    ],
 )
 def test_the_sweeps_of_this_repository_are_valid(monkeypatch, file, trials):
     monkeypatch.chdir(ROOT)
     chosen = cli.load_file("sweep", f"configs/sweeps/{file}", "get_sweep")
-    sweep_cases.space_of(chosen)
+    space = sweep_cases.space_of(chosen)
+    if trials <= 12:  # small ones leave nothing out
+        fields = [parameter.field for parameter in chosen.parameters]
+        for point in itertools.product(*map(grid_values, chosen.parameters)):
+            space.config(dict(zip(fields, point, strict=True)))
     assert chosen.total_trials == trials
     text = importlib.import_module(f"configs.sweeps.{file.partition('.')[0]}").__doc__
     command = f"python -m experiments.sweep --sweep=configs/sweeps/{file.partition(':')[0]}"

@@ -5,6 +5,7 @@ import re
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from msa_jax.data.haystack import FILLER, Haystack
@@ -42,6 +43,9 @@ def solve(task, prompt):
         colleagues = dict(re.findall(r"(\w+) works with (\w+)\. ", context))
         who = re.search(r"(?:of|does) (\w+) live", question)[1]
         return [towns[colleagues[who] if "colleague" in question else who]]
+    if task == "many_needles":
+        asked = re.search(r"What is the ([a-z ]+ key)", question)[1]
+        return re.findall(rf"The {asked} is (\d+)\. ", context)
     if task == "associative_recall":
         return [prompt[prompt.index(prompt[-1]) + 1]]
     ranked = collections.Counter(context.split()).most_common()
@@ -91,6 +95,8 @@ def test_the_shortest_example_fits_whatever_is_drawn(task):
 
 def test_the_mixture_is_of_all_tasks_alike():
     def task_of(prompt):
+        if prompt.count("What is") > 1:
+            return "many_needles"
         return next((name for name, word in MARKS.items() if word in prompt), "associative_recall")
 
     counts = collections.Counter(
@@ -158,3 +164,32 @@ def test_a_haystack_shorter_than_the_text_begins_again():
     context = retrieval_example("passkey", length=500, seed=0, index=0, haystack=haystack).prompt
     assert context.count("one. ") > 20
     assert abs(context.count("one. ") - context.count("two. ")) <= 1
+
+
+@pytest.mark.parametrize("length", [88, 279, 600, 8191, 80_000])
+@pytest.mark.parametrize("depth", [None, 0.0, 0.6])
+def test_many_needles_stand_once_each_before_their_questions(length, depth):
+    distances = []
+    for index in range(3):
+        example = retrieval_example(
+            "many_needles", length=length, seed=2, index=index, split="train", depth=depth
+        )
+        text = example.document
+        needles = re.findall(r"The ([a-z ]+ key) is (\d{5})\. ", text)
+        asked = re.findall(r"\nWhat is the ([a-z ]+ key)\? The ([a-z ]+ key) is (\d{5})", text)
+        assert len(needles) == min(max(1, length // 280), 257)
+        assert len(dict(needles)) == len({code for _, code in needles}) == len(needles)
+        times = collections.Counter((name, code) for name, _, code in asked)
+        assert times == dict.fromkeys(needles, 3 if length >= 280 else 1)
+        assert all(name == again for name, again, _ in asked)
+        for name, code in needles:
+            told = text.index(f"The {name} is {code}. ")
+            distances.append(text.index(f"\nWhat is the {name}?") - told)
+        assert text.endswith(f"The {asked[-1][0]} is{example.answer}")
+        assert length - 70 <= len(text) <= length
+        if depth is not None and length > 8000:  # by the filler, of which there is a quarter
+            assert example.depth == pytest.approx(depth, abs=0.3)
+    assert min(distances) > 0
+    if length == 8191:
+        assert 0.2 < np.mean(np.array(distances) < 200) < 0.6
+        assert np.mean(np.array(distances) > 2000) > 0.08
