@@ -16,7 +16,13 @@ from experiments.sweeping.samplers import make_sampler
 
 _DEFINITION = "definition"
 _OPEN_ATTEMPTS = 5
-_DRIVERS = {"postgresql": "psycopg2-binary", "mysql": "mysqlclient"}
+_DATABASES = ("sqlite", "postgresql", "mysql")
+# What to install for a driver of SQLAlchemy's; others are packages of the same name.
+_PACKAGES = {
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+    "mysqldb": "mysqlclient",
+}
 
 
 def open_storage(url: str | None, workdir: pathlib.Path) -> BaseStorage:
@@ -37,7 +43,7 @@ def open_storage(url: str | None, workdir: pathlib.Path) -> BaseStorage:
     if scheme == "journal" and path:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(path))
-    if database not in ("sqlite", *_DRIVERS) or not path.startswith("//"):
+    if database not in _DATABASES or not path.startswith("//"):
         raise cli.UsageError(
             f"--storage={url}: use postgresql://user@host/name, mysql://user@host/name, "
             "sqlite:///PATH, or journal:PATH for a file on a shared disk"
@@ -89,8 +95,9 @@ def _open_database(url: str, database: str) -> RDBStorage:
         try:
             storage = RDBStorage(url, engine_kwargs=options)
         except ImportError as error:
-            driver = _DRIVERS.get(database, "its driver")
-            raise cli.UsageError(f"--storage={url}: pip install {driver} ({error})") from error
+            driver = sqlalchemy.make_url(url).get_driver_name()
+            package = _PACKAGES.get(driver, driver)
+            raise cli.UsageError(f"--storage={url}: pip install {package} ({error})") from error
         except sqlalchemy.exc.ArgumentError as error:
             raise cli.UsageError(f"--storage={url}: {error}") from error
         except sqlalchemy.exc.SQLAlchemyError as error:

@@ -4,7 +4,9 @@ import csv
 import importlib
 import itertools
 import json
+import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import sweep_cases
 from sweep_cases import ROOT, signal_when
 
 from experiments import cli, sweep
+from experiments.sweeping.storage import open_storage
 from experiments.sweeping.training import trial_folder
 from msa_jax.train.sweep import grid_values
 
@@ -92,6 +95,24 @@ def test_without_optuna_the_extra_is_named(monkeypatch, capsys, tmp_path):
     command = ["--sweep=configs/sweeps/quickstart.py", f"--workdir={tmp_path}/out"]
     assert cli.run(sweep.main, ["sweep", *command]) == 2
     assert "pip install 'msa-jax[sweeps]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [
+        ("postgresql://host/name", "'psycopg[binary]'"),
+        ("postgresql+psycopg2://host/name", "psycopg2-binary"),
+        ("mysql://host/name", "mysqlclient"),
+        ("mysql+pymysql://host/name", "pymysql"),
+    ],
+)
+def test_a_missing_driver_is_named(monkeypatch, tmp_path, url, package):
+    """SQLAlchemy's default drivers change with its versions."""
+    modules = ("psycopg", "psycopg2", "MySQLdb", "pymysql")
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(cli.UsageError, match=re.escape(f"--storage={url}: pip install {package}")):
+        open_storage(url, tmp_path)
 
 
 @pytest.mark.parametrize(
