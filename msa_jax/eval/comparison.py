@@ -7,7 +7,7 @@ runs' own files and from the results of the long-context evaluation (`ResultsFil
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -175,8 +175,8 @@ def length_tables(contenders: Sequence[Contender]) -> Iterable[Table]:
 
 
 def comparison_figures(contenders: Sequence[Contender]) -> Figures:
-    """Loss against attention FLOPs, and a heat map for each share, by file name."""
-    found = {"loss_by_flops": CaptionedFigure(_scatter(contenders), _SCATTER_CAPTION)}
+    """Losses, and a heat map for each share, by file name."""
+    found = {"losses": CaptionedFigure(_losses(contenders), _LOSS_CAPTION)}
     for score in _SHARES:
         lengths = _lengths(contenders, score)
         rows = [one for one in contenders if one.by_length[score]]
@@ -195,27 +195,25 @@ def comparison_figures(contenders: Sequence[Contender]) -> Figures:
     return found
 
 
-_SCATTER_CAPTION = (
-    "Validation loss against forward attention FLOPs per token of a full row: the mean over seeds, "
-    "and a bar from the lowest to the highest."
+_LOSS_CAPTION = (
+    "Validation loss: the mean over seeds, and a bar from the lowest to the highest. Beside each "
+    "name its forward attention FLOPs per token of a full row; the dearest stand on top."
 )
 
 
-def _scatter(contenders: Sequence[Contender]) -> str:
+def _losses(contenders: Sequence[Contender]) -> str:
+    rows = sorted(contenders, key=lambda one: one.attention_flops)
     with figures.drawing_style():
-        figure, (axes,) = figures.make_panels(1, height=3.8)
-        for one in contenders:
-            mean, flops = _mean(one.losses), one.attention_flops
+        figure, (axes,) = figures.make_panels(1, height=1.2 + 0.3 * len(rows))
+        for row, one in enumerate(rows):
+            mean = _mean(one.losses)
             ends = [[mean - min(one.losses)], [max(one.losses) - mean]]
-            look = {"color": figures.SERIES[one.label == "MSA"], "marker": "o", "capsize": 3}
-            axes.errorbar([flops], [mean], yerr=ends, **look)
-            place: dict[str, Any] = {"xytext": (6, 4), "textcoords": "offset points"}
-            axes.annotate(one.label, (flops, mean), fontsize=8, **place)
-        axes.set_xscale("log")
-        axes.margins(x=0.2, y=0.12)
-        figures.label_axes(
-            axes, "attention FLOPs per token", "validation loss (nats per token)", steps=False
-        )
+            colour = figures.SERIES[one.label == "MSA"]
+            axes.errorbar([mean], [row], xerr=ends, color=colour, marker="o", capsize=3)
+        names = [f"{one.label}, {short_number(one.attention_flops)}" for one in rows]
+        axes.set_yticks(range(len(rows)), names)
+        axes.margins(y=0.08)
+        figures.label_axes(axes, "validation loss (nats per token)", "", steps=False)
         return figures.finish(figure)
 
 

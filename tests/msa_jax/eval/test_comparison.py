@@ -97,11 +97,11 @@ def test_the_command_writes_tables_numbers_and_figures(folder, tmp_path, capsys)
     numbers = json.loads((tmp_path / "page/comparison.json").read_text())
     assert numbers[0]["losses"] == [1.7, 1.74]
     assert {path.name for path in (tmp_path / "page").glob("*.svg")} == {
-        "loss_by_flops.svg",
+        "losses.svg",
         "needle.svg",
         "ruler.svg",
     }
-    assert "MSA" in (tmp_path / "page/loss_by_flops.svg").read_text()
+    assert "MSA" in (tmp_path / "page/losses.svg").read_text()
 
 
 @pytest.mark.parametrize(
