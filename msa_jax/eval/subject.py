@@ -52,7 +52,13 @@ class Subject:
 
     @functools.cache  # noqa: B019 - a subject lives as long as its process
     def stream(self, name: str) -> TextStream:
-        """A text as tokens; see `read_stream`."""
+        """A text as tokens; see `read_stream`.
+
+        Raises:
+          CannotMeasure: the run was trained on synthetic documents alone, which are no text.
+        """
+        if name == VALIDATION and self.run.data.source == "retrieval":
+            raise CannotMeasure("the run's data is synthetic; --text=GLOB names a text")
         return read_stream(self.run.data, self.tokenizer, name, num_tokens=self.settings.tokens)
 
     @functools.cached_property

@@ -1,5 +1,6 @@
 """The evaluation of toy runs from the command line: every task, two kinds of model, one page."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,7 +15,8 @@ from msa_jax.attention.diagnostics import SELECTION_METRICS
 from msa_jax.eval.long_context import Cell, LongContextConfig
 from msa_jax.eval.long_context_run import measure
 from msa_jax.eval.scoring import AnswerScores
-from msa_jax.eval.subject import load_subject
+from msa_jax.eval.subject import CannotMeasure, load_subject
+from msa_jax.eval.texts import VALIDATION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -107,6 +109,17 @@ def test_runs_of_other_kinds_share_the_page_and_repeat_nothing(finished, capsys,
     for name in ("loss_by_length", "needle_choice_msa", "ruler_recall_msa", "overlap_msa"):
         assert (finished / "out" / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_run_without_text_of_its_own_is_measured_on_others(folder, files):
+    config = tiny_config(files)
+    synthetic = dataclasses.replace(config.data, source="retrieval")
+    save_tiny_run(folder / "synthetic", dataclasses.replace(config, data=synthetic), steps=(1,))
+    subject = load_subject(folder / "synthetic", LongContextConfig(lengths=(64,), tokens=256))
+    for task in ("perplexity", "selection"):
+        with pytest.raises(CannotMeasure, match="--text=GLOB names a text"):
+            measure(subject, Cell(task, VALIDATION, 64))
+    assert len(subject.stream(files).tokens) == 257
 
 
 @pytest.mark.parametrize(("haystack", "word"), [("filler", "forest"), ("validation", "return")])
