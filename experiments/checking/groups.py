@@ -146,7 +146,7 @@ def _alignment() -> Iterator[Check]:
 
 
 def _half_of_the_blocks() -> Shape:
-    return shape(4096, num_heads=32, num_kv_heads=2, block_size=64, top_k=32)
+    return shape(4096, num_heads=8, num_kv_heads=2, block_size=64, top_k=32)
 
 
 def _shapes() -> Iterator[Check]:

@@ -1,8 +1,8 @@
 """What the recurrent mixers share: documents, chunks of tokens, and decay inside a chunk.
 
 A recurrent mixer keeps a state that decays, S_t = a_t S_{t-1} + (what token t writes). Computed in
-chunks, only the states between chunks are made one after another; all else is matrix products over
-all chunks at once, so that memory grows with the length and not with its square.
+chunks, only the states between chunks follow from each other; all else is matrix products over all
+chunks at once, so that memory grows with the length and not with its square.
 
 Decays are kept as logarithms, and a product of decays as a difference of running sums: none is ever
 divided by another, and no exponent is above 0.
@@ -104,6 +104,36 @@ def chunk_decays(log_decay: Float[Array, "N B H C"], number: Int[Array, "N B C"]
     goes_on = (number == before[..., None])[:, :, None]
     from_start = jnp.exp(jnp.where(goes_on, total, -jnp.inf))
     return Decays(between, from_start, between[..., -1, :], from_start[..., -1])
+
+
+def pass_on(
+    transition: Float[Array, "N *batch I J"],
+    written: Float[Array, "N *batch K V"],
+    state: Float[Array, "*batch K V"],
+    times: Callable[[Array, Array], Array],
+) -> tuple[Float[Array, "N *batch K V"], Float[Array, "*batch K V"]]:
+    """The states of S_n+1 = times(transition_n, S_n) + written_n from chunk to chunk.
+
+    By a tree of depth log N rather than chunk after chunk: on a GPU a loop of so small products
+    waits for the start of its kernels.
+
+    Args:
+      transition: of each chunk.
+      written: what each chunk leaves in the state.
+      state: before the first chunk.
+      times: applies a transition to a state, or to an earlier transition; associative.
+
+    Returns:
+      The state before each chunk, and the one behind the last.
+    """
+
+    def join(earlier, later):
+        (first, left), (second, right) = earlier, later
+        return times(second, first), times(second, left) + right
+
+    written = written.at[0].add(times(transition[0], state))
+    _, behind = jax.lax.associative_scan(join, (transition, written))
+    return jnp.concatenate([state[None], behind[:-1]]), behind[-1]
 
 
 def wide(array: Array) -> jnp.dtype:

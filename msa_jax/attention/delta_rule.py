@@ -8,9 +8,11 @@ the share beta_t of what it finds under its key by its own value, and reads it w
 
 Written as S_t = a_t S_{t-1} + k_t u_t^T with u_t = beta_t (v_t - a_t S_{t-1}^T k_t), the u of a
 chunk solve a unit lower triangular system, whose right side is linear in the state before the
-chunk (the WY form of the paper's section 3.3). What does not need that state is done for all
-chunks at once.
+chunk (the WY form of the paper's section 3.3). So is the state behind the chunk, in which all
+chunks are solved at once.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from msa_jax.attention.chunks import (
     chunk_decays,
     find_documents,
     join_heads,
+    pass_on,
     product_in,
     split_chunks,
     split_heads,
@@ -68,18 +71,10 @@ def delta_rule(
     number = split_chunks(number, size, mode="edge")
     q = split_heads(jnp.where(real[..., None, None], q, 0), size)
     k, v = split_heads(k, size), split_heads(v, size)
-    product = product_in(q.dtype)
 
-    w, u, k_end, whole = jax.checkpoint(_solve)(k, v, log_decay, beta, number)
-
-    def step(state, chunk):
-        w, u, k_end, whole = chunk
-        u = u - product("bhik,bhkv->bhiv", w, state)
-        new = whole[..., None, None] * state + product("bhik,bhiv->bhkv", k_end, u)
-        return new, (state, u)
-
-    state, (states, u) = jax.lax.scan(step, state, (w, u, k_end, whole))
-    o = jax.checkpoint(_read)(q, k, u, states, log_decay, number)
+    w, u, transition, written = jax.checkpoint(_solve)(k, v, log_decay, beta, number)
+    states, state = pass_on(transition, written, state, partial(jnp.matmul, precision="highest"))
+    o = jax.checkpoint(_read)(q, k, u, w, states, log_decay, number)
     return join_heads(o, num_tokens).astype(q.dtype), state
 
 
@@ -101,9 +96,9 @@ def delta_rule_step(
 
 
 def _solve(k, v, log_decay, beta, number):
-    """The chunk's system solved for its values and for the state: u = u_values - w S.
+    """Each chunk's system solved: w and u of u_t = u - w S, S the state before the chunk.
 
-    Returns also the keys decayed to the chunk's end, and the whole chunk's decay.
+    Returns also what the chunk makes of that state: transition S + written.
     """
     product = product_in(k.dtype)
     decays = chunk_decays(log_decay, number)
@@ -113,15 +108,18 @@ def _solve(k, v, log_decay, beta, number):
     w = product("nbhij,nbhjk->nbhik", inverse, (beta * decays.from_start)[..., None] * k)
     u = product("nbhij,nbhjv->nbhiv", inverse, beta[..., None] * v)
     k_end = decays.to_end[..., None] * k
-    return w.astype(k.dtype), u, k_end.astype(k.dtype), decays.whole
+    kept = decays.whole[..., None, None] * jnp.eye(k.shape[-1], dtype=u.dtype)
+    transition = kept - product("nbhik,nbhij->nbhkj", k_end, w)
+    return w.astype(k.dtype), u, transition, product("nbhik,nbhiv->nbhkv", k_end, u)
 
 
-def _read(q, k, u, states, log_decay, number):
+def _read(q, k, u, w, states, log_decay, number):
     """Each token's output: from the state before its chunk, and from the chunk's own tokens."""
     product = product_in(q.dtype)
     decays = chunk_decays(log_decay, number)
     scores = decays.between * product("nbhik,nbhjk->nbhij", q, k)
     earlier = decays.from_start[..., None] * product("nbhik,nbhkv->nbhiv", q, states)
+    u = u - product("nbhik,nbhkv->nbhiv", w, states)
     return earlier + product("nbhij,nbhjv->nbhiv", scores, u)
 
 

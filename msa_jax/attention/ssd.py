@@ -18,6 +18,7 @@ from msa_jax.attention.chunks import (
     chunk_decays,
     find_documents,
     join_heads,
+    pass_on,
     product_in,
     split_chunks,
     split_heads,
@@ -64,12 +65,7 @@ def state_space(
     c = split_chunks(jnp.where(real[..., None], c, 0), size)
 
     written, whole = jax.checkpoint(_write)(x, b, log_decay, number)
-
-    def step(state, chunk):
-        written, whole = chunk
-        return whole[..., None, None] * state + written, state
-
-    state, states = jax.lax.scan(step, state, (written, whole))
+    states, state = pass_on(whole[..., None, None], written, state, jnp.multiply)
     y = jax.checkpoint(_read)(x, b, c, states, log_decay, number)
     return join_heads(y, num_tokens).astype(x.dtype), state
 

@@ -169,9 +169,12 @@ def _attend(options: _Options, q, k, v, block_ids, offset, lists=None, **chunks)
         "kv_outer": functools.partial(kv_outer, config=outer, **chunks, **call),
     }
     offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), q.shape[:1])
-    arguments = q, k, v, block_ids, offsets, lists
     if config.scheme != "auto":
-        return schemes[config.scheme](*arguments)
+        return schemes[config.scheme](q, k, v, block_ids, offsets, lists)
+    # Rematerialisation would split the conditional if ids that follow from no activations were
+    # known before q: what a branch then has to hand over may be a buffer that it writes to.
+    q, block_ids, offsets, lists = jax.lax.optimization_barrier((q, block_ids, offsets, lists))
+    arguments = q, k, v, block_ids, offsets, lists
     per_warpgroup = WARPGROUP_ROWS // padded_group(q.shape[2] // k.shape[2])
     overlap = union_ratio(block_ids, per_warpgroup) <= config.max_union
     return jax.lax.cond(overlap, schemes["union"], schemes["kv_outer"], *arguments)
