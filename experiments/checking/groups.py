@@ -1,30 +1,32 @@
 """What is checked: groups of cases, each group a process of its own on the GPU."""
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
-from experiments.benchmarking.cases import Case as Shape
 from experiments.checking.cases import (
     PREFIX,
-    WHOLE,
     AlignmentCase,
     AttentionCase,
     Check,
     GradientCase,
-    Place,
-    PrecisionCase,
     SelectionCase,
 )
+from experiments.checking.forward_cases import (
+    SCHEMES,
+    at_128k,
+    attention,
+    attention_at_2k,
+    long_selection,
+    places,
+    selection_at_1m,
+    selection_at_2k,
+    shapes,
+)
+from experiments.checking.training_cases import (
+    alignment,
+    alignment_at_2k,
+    gradients,
+    gradients_at_2k,
+)
 
-SCHEMES = ("auto", "union", "kv_outer")
 _KINDS = ("learned", "random", "one_block", "no_overlap")
-
-
-def shape(length: int, **fields: Any) -> Shape:
-    """A shape whose rows are all compared, unless `sampled_rows` says how many."""
-    sizes: dict[str, Any] = {"sampled_rows": 0} | fields
-    return Shape("msa", length, **sizes)
 
 
 def groups(
@@ -61,24 +63,24 @@ def _without(case: Check) -> bool:
 def _groups(quick: bool, million: bool) -> dict[str, list[Check]]:
     found: dict[str, list[Check]] = {}
     if not quick:  # the longest first
-        found["attention at 8K"] = list(_attention(2**13, 512, _KINDS, (0, 1)))
+        found["attention at 8K"] = list(attention(2**13, 512, _KINDS, (0, 1)))
         found["attention at 32K"] = [
-            *_attention(2**15, 512, _KINDS, (0,)),
-            *_attention(2**15, 512, ("learned",), (1,)),
+            *attention(2**15, 512, _KINDS, (0,)),
+            *attention(2**15, 512, ("learned",), (1,)),
         ]
-        found["128K"] = list(_at_128k())
-        found["selection, long"] = list(_long_selection())
-        found |= _split("shapes", list(_shapes()), 3)
-        found |= _split("places", list(_places()), 2)
-        found |= _split("gradients", list(_gradients()), 2)
-        found |= _split("alignment", list(_alignment()), 2)
-    found["gradients at 2K"] = list(_gradients_at_2k())
-    found["alignment at 2K"] = list(_alignment_at_2k())
-    found["attention at 2K"] = list(_attention_at_2k())
-    found["selection at 2K"] = list(_selection_at_2k())
+        found["128K"] = list(at_128k())
+        found["selection, long"] = list(long_selection())
+        found |= _split("shapes", list(shapes()), 3)
+        found |= _split("places", list(places()), 2)
+        found |= _split("gradients", list(gradients()), 2)
+        found |= _split("alignment", list(alignment()), 2)
+    found["gradients at 2K"] = list(gradients_at_2k())
+    found["alignment at 2K"] = list(alignment_at_2k())
+    found["attention at 2K"] = list(attention_at_2k())
+    found["selection at 2K"] = list(selection_at_2k())
     if million:
-        found["selection at 1M"] = list(_selection_at_1m())
-        found["attention at 1M"] = list(_attention(2**20, 64, ("learned",), (0,)))
+        found["selection at 1M"] = list(selection_at_1m())
+        found["attention at 1M"] = list(attention(2**20, 64, ("learned",), (0,)))
     return found
 
 
@@ -86,145 +88,3 @@ def _split(name: str, cases: list[Check], parts: int) -> dict[str, list[Check]]:
     """Cases in groups of about the same size; schemes of one call stay together."""
     count = len(SCHEMES) * -(-len(cases) // (len(SCHEMES) * parts))
     return {f"{name} {i + 1}": cases[i * count : (i + 1) * count] for i in range(parts)}
-
-
-def _by_all_schemes(
-    shape: Shape, selection: str, dtype: str = "bfloat16", place: Place = WHOLE
-) -> Iterator[Check]:
-    for scheme in SCHEMES:
-        yield AttentionCase(shape, selection, scheme, dtype, place)
-
-
-def _attention(
-    length: int, rows: int, selections: tuple[str, ...], seeds: tuple[int, ...]
-) -> Iterator[Check]:
-    for selection, seed in itertools.product(selections, seeds):
-        yield from _by_all_schemes(shape(length, sampled_rows=rows, seed=seed), selection)
-
-
-def _attention_at_2k() -> Iterator[Check]:
-    """Every selection, and every seed, of one compiled program per scheme."""
-    yield from _attention(2048, 0, ("one_block", "no_overlap", "strewn", "masked"), (0,))
-    yield from _attention(2048, 0, ("learned", "random"), (0, 1, 2))
-
-
-def _gradients_at_2k() -> Iterator[Check]:
-    for selection in ("random", "learned", "one_block", "masked"):
-        yield GradientCase(shape(2048), selection)
-
-
-def _gradients() -> Iterator[Check]:
-    """Places of the queries, 32 of 64 blocks, shapes."""
-    two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
-    yield GradientCase(shape(2048, **two), "random", chunked=True)
-    yield GradientCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
-    for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
-        yield GradientCase(shape(2048, **two, block_size=64), "random", place=place)
-    yield GradientCase(_half_of_the_blocks(), "random")
-    for case in _shapes():
-        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
-            yield GradientCase(case.shape, case.selection, case.dtype)
-
-
-def _alignment_at_2k() -> Iterator[Check]:
-    for selection in ("random", "learned", "one_block", "masked", PREFIX):
-        yield AlignmentCase(shape(2048), selection)
-
-
-def _alignment() -> Iterator[Check]:
-    """Places of the queries, 32 of 64 blocks, shapes."""
-    two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
-    yield AlignmentCase(shape(2048, **two, index_dim=64), "random")
-    yield AlignmentCase(shape(1999, **two), PREFIX, "float16")
-    yield AlignmentCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
-    for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
-        yield AlignmentCase(shape(2048, **two, block_size=64), "random", place=place)
-    yield AlignmentCase(_half_of_the_blocks(), "random")
-    for case in _shapes():
-        if isinstance(case, AttentionCase) and case.scheme == SCHEMES[0]:
-            yield AlignmentCase(case.shape, case.selection, case.dtype)
-
-
-def _half_of_the_blocks() -> Shape:
-    return shape(4096, num_heads=8, num_kv_heads=2, block_size=64, top_k=32)
-
-
-def _shapes() -> Iterator[Check]:
-    """Group sizes 1 to 64, both head dims and block sizes, 1 to 64 blocks, both dtypes."""
-    for heads, kv_heads, head_dim, block_size, top_k, dtype in (
-        (4, 4, 128, 128, 16, "bfloat16"),
-        (2, 2, 64, 64, 1, "bfloat16"),
-        (8, 2, 64, 64, 4, "bfloat16"),
-        (8, 2, 128, 128, 64, "float16"),
-        (16, 2, 128, 64, 16, "bfloat16"),
-        (24, 2, 64, 128, 16, "float16"),
-        (32, 2, 64, 128, 1, "bfloat16"),
-        (32, 2, 128, 128, 16, "float16"),
-        (64, 1, 128, 128, 64, "bfloat16"),
-        (128, 2, 64, 64, 4, "bfloat16"),
-    ):
-        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-        sizes |= {"block_size": block_size, "top_k": top_k}
-        yield from _by_all_schemes(shape(1500, **sizes), "random", dtype)
-
-
-def _places() -> Iterator[Check]:
-    """Ragged lengths, offsets, packed documents with padding, chunks."""
-    small = {"num_heads": 32, "num_kv_heads": 2}
-    two = small | {"batch": 2}
-    yield from _by_all_schemes(shape(1999, **small), "strewn")
-    yield from _by_all_schemes(shape(2100, **small), "strewn", place=Place(777, 1200))
-    yield from _by_all_schemes(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))
-    packed = shape(2048, **two, block_size=64)
-    for place in (Place(packed=True), Place(900, (300, 1148), packed=True)):
-        for selection in ("learned", "random"):
-            yield from _by_all_schemes(packed, selection, place=place)
-    yield AttentionCase(shape(2048, **small), "random", "kv_outer", chunked=True)
-
-
-def _at_128k() -> Iterator[Check]:
-    """One process for what takes most memory; the 8-bit index at 32K is there for comparison."""
-    yield from _attention(2**17, 128, ("learned", "random"), (0,))
-    for length, inputs in itertools.product((2**15, 2**17), ("random", "correlated")):
-        yield PrecisionCase(shape(length), inputs)
-
-
-def _selection_at_2k() -> Iterator[Check]:
-    """Scores that are exact, so that the ids must be; then random ones."""
-    few = {"num_heads": 32, "num_kv_heads": 2}
-    packed = few | {"batch": 2}
-    yield SelectionCase(shape(2048))
-    yield SelectionCase(shape(2048), cut_up=True)
-    yield SelectionCase(shape(2048, **few, block_size=64, index_dim=64), dtype="float16")
-    yield SelectionCase(shape(2048, **few, block_size=64), local_blocks=3, sink_blocks=2)
-    yield SelectionCase(shape(1999, **few))
-    yield SelectionCase(shape(2100, **few), place=Place(777, 1200))
-    yield SelectionCase(shape(2048, **packed), sink_blocks=1, place=Place(packed=True))
-    place = Place(900, (300, 1148), packed=True)
-    yield SelectionCase(shape(2048, **packed), local_blocks=2, place=place, cut_up=True)
-    for top_k in (1, 4):
-        yield SelectionCase(shape(2048, **few, top_k=top_k))
-    for seed in range(3):
-        yield SelectionCase(shape(2048, seed=seed), "random")
-    yield SelectionCase(shape(2048), "random", "int8")
-    yield SelectionCase(shape(2048, **few, block_size=64, index_dim=64), "random", "int8")
-    yield SelectionCase(shape(2048, **packed), "random", "int8", place=Place(packed=True))
-
-
-def _long_selection() -> Iterator[Check]:
-    for length, rows in ((2**13, 512), (2**15, 512), (2**17, 128)):
-        sampled = shape(length, sampled_rows=rows)
-        yield SelectionCase(sampled)
-        yield SelectionCase(sampled, "random")
-        yield SelectionCase(sampled, "correlated")
-        yield SelectionCase(sampled, "random", "int8")
-    yield SelectionCase(shape(2**13, sampled_rows=512, seed=1), "random", cut_up=True)
-    yield SelectionCase(shape(2**13, sampled_rows=512, top_k=64))
-    yield SelectionCase(shape(2**13, sampled_rows=512, top_k=64), cut_up=True)
-    many = {"top_k": 64, "block_size": 64, "index_dim": 64}
-    yield SelectionCase(shape(2**15, sampled_rows=512, **many), sink_blocks=1)
-
-
-def _selection_at_1m() -> Iterator[Check]:
-    for precision in ("native", "int8"):
-        yield SelectionCase(shape(2**20, sampled_rows=64), "random", precision)

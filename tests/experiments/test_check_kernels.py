@@ -32,8 +32,8 @@ from experiments.checking.cases import (
     SelectionCase,
     label,
 )
+from experiments.checking.forward_cases import shape as full_shape
 from experiments.checking.groups import groups
-from experiments.checking.groups import shape as full_shape
 from experiments.checking.judgement import Figure, record
 from experiments.checking.worker import run
 from pallas_kernels import BlockSelection, index_kl, select_blocks, sparse_attention

@@ -1,4 +1,4 @@
-"""Whole models lowered for an H100 that is not there: what selects blocks attends by our kernels."""
+"""Whole models lowered for an H100 that is not there: who selects blocks attends by kernels."""
 
 import pytest
 
@@ -16,8 +16,6 @@ def test_sparse_training_step(kind):
     config = get_config(kind)
     config.model.num_layers = 2
     config.data.sequence_length = 1024
-    lowered = lower_step(
-        from_config_dict(ExperimentConfig, config), parse_target("h100"), "sparse"
-    )
+    lowered = lower_step(from_config_dict(ExperimentConfig, config), parse_target("h100"), "sparse")
     text = lowered.as_text()
     assert [name for name in KERNELS if f"{name}\\00" not in text] == []
