@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from msa_jax.eval import tables
 from msa_jax.train.operation_times import TraceError, device_times
 
 _LONGEST_NAME = 90
@@ -78,18 +79,19 @@ def markdown(table: dict[str, Any]) -> str:
         f"{table['busy_share']:.1%} of it; `{table['command']}`. Shares are of the time of all "
         "operations.",
         "",
-        "| operation | of | calls | ms per step | share |",
-        "| --- | --- | ---: | ---: | ---: |",
     ]
-    for operation in table["operations"]:
-        name = operation["name"].replace("|", "\\|")
-        name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
-        lines.append(
-            f"| `{name}` | `{operation['hlo_op']}` | {operation['calls']} | "
-            f"{operation['milliseconds_per_step']:.2f} | {operation['share']:.1%} |"
-        )
-    lines.append(f"| all others | | | | {table['share_of_the_rest']:.1%} |")
-    return "\n".join(lines) + "\n"
+    rows = [_row(operation) for operation in table["operations"]]
+    rows.append(["all others", "", "", "", f"{table['share_of_the_rest']:.1%}"])
+    head = ["operation", "of", "calls", "ms per step", "share"]
+    return "\n".join([*lines, tables.markdown((head, rows), names=2)]) + "\n"
+
+
+def _row(operation: dict[str, Any]) -> list[str]:
+    name = operation["name"].replace("|", "\\|")
+    name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+    milliseconds, share = operation["milliseconds_per_step"], operation["share"]
+    calls = str(operation["calls"])
+    return [f"`{name}`", f"`{operation['hlo_op']}`", calls, f"{milliseconds:.2f}", f"{share:.1%}"]
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -14,7 +14,7 @@ from experiments.benchmarking.cases import BASELINES, FORWARD, MSA, TRAINING
 from experiments.benchmarking.results import Part, Row
 from experiments.benchmarking.tables import factors, gigabytes, head, milliseconds, span
 from msa_jax.eval.figures import short_length
-from msa_jax.eval.tables import Table
+from msa_jax.eval.tables import Table, markdown
 
 Record = dict[str, Any]
 
@@ -149,10 +149,8 @@ def page(runs: Sequence[Record], name: str) -> str:
     trained = [row for row in rows if row.case.passes == TRAINING]
     if trained:
         parts.append(training_report.introduction(trained))
-    for title, (header, lines) in _tables(rows).items():
-        rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
-        table = [header, rule, *lines]
-        parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
+    for title, table in _tables(rows).items():
+        parts.append(f"## {title}\n\n{markdown(table, names=3)}")
     failed = results.failures(runs)
     if failed:
         lines = "\n".join(f"* {textwrap.shorten(line, 160)}" for line in failed)

@@ -10,6 +10,7 @@ from experiments.compiling.machines import MACHINES
 from experiments.compiling.programs import Options, Shape
 from experiments.compiling.record_text import floor_ms, operation_ms
 from msa_jax.eval.figures import short_length
+from msa_jax.eval.tables import markdown
 
 Record = dict[str, Any]
 
@@ -157,7 +158,8 @@ def _operations(records: Sequence[Record]) -> str:
         ratio = time / floor if time and floor else None
         cells = [time, record.get("floor_mxu_ms"), record.get("floor_hbm_ms"), ratio]
         rows.append([*_place(record), *map(_number, cells)])
-    return _table(["tokens", "chip", "ms", "MXU floor", "HBM floor", "ratio"], rows)
+    head = ["tokens", "chip", "ms", "MXU floor", "HBM floor", "ratio"]
+    return markdown((head, rows), names=2) + "\n"
 
 
 def _kernels(records: Sequence[Record]) -> str:
@@ -166,8 +168,9 @@ def _kernels(records: Sequence[Record]) -> str:
         for record in records
         for kernel in record.get("kernels", ())
     ]
-    header = ["tokens", "chip", "kernel", "ms", "copies ms", "tiles' floor", "times", "bound by"]
-    return _table([*header, "MXU %", "VALU %", "VMEM MiB", "spills"], rows) if rows else ""
+    head = ["tokens", "chip", "kernel", "ms", "copies ms", "tiles' floor", "times", "bound by"]
+    head += ["MXU %", "VALU %", "VMEM MiB", "spills"]
+    return markdown((head, rows), names=2) + "\n" if rows else ""
 
 
 def _kernel(kernel: Record) -> Iterator[str]:
@@ -197,7 +200,8 @@ def _whole(records: Sequence[Record]) -> str:
         gigabytes = record["memory"]["temporaries"] / 1e9
         fits = "yes" if record["fits"] else "no"
         rows.append([*row, _number(record["around_ms"]), f"{gigabytes:.2f}", fits])
-    return _table(["tokens", "chip", "operation", "outside ms", "temporary GB", "fits"], rows)
+    head = ["tokens", "chip", "operation", "outside ms", "temporary GB", "fits"]
+    return markdown((head, rows), names=2) + "\n"
 
 
 def _message(record: Record) -> str:
@@ -210,8 +214,3 @@ def _place(record: Record) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -4,8 +4,8 @@
 Table = tuple[list[str], list[list[str]]]
 
 
-def markdown(table: Table) -> str:
-    """The first column to the left, numbers to the right; no line end."""
+def markdown(table: Table, names: int = 1) -> str:
+    """The first columns, `names` of them, to the left, numbers to the right; no line end."""
     head, rows = table
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+    rule = ["---"] * names + ["---:"] * (len(head) - names)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
