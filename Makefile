@@ -16,7 +16,7 @@ quickstart: $(STAMP)  ## Trains a small MSA model and its dense twin on a CPU, c
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.quickstart
 
 test: $(STAMP)  ## Runs the test suite.
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart=0
 
 lint: $(STAMP)  ## Style, and the direction of imports.
 	$(BIN)/ruff check .

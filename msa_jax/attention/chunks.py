@@ -129,6 +129,8 @@ def pass_on(
 
     def join(earlier, later):
         (first, left), (second, right) = earlier, later
+        if not len(first):  # the tree's last pair is empty: no product, XLA cannot partition it
+            return earlier
         return times(second, first), times(second, left) + right
 
     written = written.at[0].add(times(transition[0], state))
