@@ -20,13 +20,8 @@ from absl import flags
 
 from experiments import cli
 from msa_jax.eval import figures
-from msa_jax.eval.comparison import (
-    Contender,
-    comparison_figures,
-    length_tables,
-    main_table,
-    read_contenders,
-)
+from msa_jax.eval.comparison import comparison_figures, length_tables, main_table
+from msa_jax.eval.contenders import Contender, read_contenders
 from msa_jax.eval.runs import RunFileError
 from msa_jax.eval.tables import markdown
 

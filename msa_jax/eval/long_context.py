@@ -103,26 +103,44 @@ def parse_cell(key: str) -> Cell:
     return Cell(cast(Task, task), variant, int(length))
 
 
+@dataclasses.dataclass(eq=False)
 class ResultsFile:
     """The results of one checkpoint, in a JSON file that is whole at any time.
 
-    Args:
-      path: of the file; its folder is made if absent.
-      identity: what the results are of: the checkpoint, and all settings that change a cell. A file
-        with others is refused.
-
-    Raises:
-      ConfigError: the file is damaged or of another evaluation.
+    Attributes:
+      path: of the file.
+      identity: what the results are of: the checkpoint, and all settings that change a cell.
+      cells: what is finished, by `Cell.key`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
-        self.path = pathlib.Path(path)
-        self.identity = json.loads(json.dumps(identity))
-        self.cells: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            self.cells = self._read()
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+    path: pathlib.Path
+    identity: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> "ResultsFile":
+        """The file to go on with, or a new one; its folder is made if absent.
+
+        Raises:
+          ConfigError: the file is damaged or of another identity.
+        """
+        path, identity = pathlib.Path(path), json.loads(json.dumps(identity))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return cls(path, identity, {})
+        found = cls.read(path)
+        names = dict.fromkeys((*found.identity, *identity))
+        differing = [
+            f"{name} {found.identity.get(name)!r}, now {identity.get(name)!r}"
+            for name in names
+            if found.identity.get(name) != identity.get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{path}: is of another evaluation ({'; '.join(differing)}): set these back, "
+                "or take another --output"
+            )
+        return found
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "ResultsFile":
@@ -131,7 +149,16 @@ class ResultsFile:
         Raises:
           ConfigError: the file is missing or damaged.
         """
-        return cls(path, _read_json(pathlib.Path(path))[0])
+        path = pathlib.Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, content["identity"], content["cells"])
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file") from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{path}: holds no results; delete it, or take another --output"
+            ) from None
 
     def add(self, cell: Cell, values: Mapping[str, Any]) -> None:
         """Keeps a finished cell."""
@@ -148,31 +175,3 @@ class ResultsFile:
         variants = list(dict.fromkeys(cell.variant for cell in found))
         for cell in sorted(found, key=lambda cell: (variants.index(cell.variant), cell.length)):
             yield cell, cells[cell]
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        identity, cells = _read_json(self.path)
-        names = dict.fromkeys((*identity, *self.identity))
-        differing = [
-            f"{name} {identity.get(name)!r}, now {self.identity.get(name)!r}"
-            for name in names
-            if identity.get(name) != self.identity.get(name)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{self.path}: is of another evaluation ({'; '.join(differing)}): set these back, "
-                "or take another --output"
-            )
-        return cells
-
-
-def _read_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Identity and cells."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content["identity"], content["cells"]
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{path}: holds no results; delete it, or take another --output"
-        ) from None

@@ -63,7 +63,7 @@ def open_results(subject: Subject, path: str | os.PathLike[str]) -> ResultsFile:
     digest = hashlib.blake2b(config.encode(), digest_size=8).hexdigest()
     settings = {name: getattr(subject.settings, name) for name in _SETTINGS}
     identity = {"run": digest, "step": subject.step, "kind": subject.run.attention.kind}
-    return ResultsFile(path, identity | settings)
+    return ResultsFile.open(path, identity | settings)
 
 
 def evaluate(

@@ -1,6 +1,8 @@
 """The evaluation of toy runs from the command line: every task, two kinds of model, one page."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -42,7 +44,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def finished(folder, files):
-    """Two runs in one page; what they printed."""
+    """A folder with two runs."""
     save_tiny_run(folder / "msa", tiny_config(files))
     save_tiny_run(folder / "gqa", tiny_config(files, "gqa"), steps=(2,))
     return folder
@@ -52,13 +54,23 @@ def run(folder, *arguments):
     return cli.run(evaluate.main, ["evaluate", *FLAGS, f"--output={folder}/out", *arguments])
 
 
+@pytest.fixture(scope="module")
+def shown(finished, files):
+    """What the evaluation of the MSA run printed: its output and its errors."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        assert run(finished, f"--checkpoint={finished}/msa", f"--text={files}") == 0
+    return out.getvalue(), err.getvalue()
+
+
 def cells_of(folder, label):
     return json.loads((folder / "out" / f"{label}.json").read_text())["cells"]
 
 
-def test_every_task_of_an_msa_run(finished, files, capsys):
-    assert run(finished, f"--checkpoint={finished}/msa", f"--text={files}") == 0
-    shown = capsys.readouterr()
+def test_every_task_of_an_msa_run(finished, files, shown):
+    out, err = shown
     cells = cells_of(finished, "msa")
     assert {key for key in cells if not key.startswith("ruler")} == {
         *(f"perplexity:{text}:{n}" for text in ("validation", files) for n in (64, 128)),
@@ -67,9 +79,9 @@ def test_every_task_of_an_msa_run(finished, files, capsys):
         *(f"mqar::{n}" for n in (64, 128)),
     }
     assert {key for key in cells if key.startswith("ruler")} == {"ruler:passkey:128"}
-    assert "msa: needle passkey, 64 tokens: left out: needs at least 100 tokens" in shown.err
+    assert "msa: needle passkey, 64 tokens: left out: needs at least 100 tokens" in err
     for name in ("perplexity validation loss", "needle passkey choice", "mqar accuracy"):
-        assert name in shown.out
+        assert name in out
     perplexity = cells["perplexity:validation:128"]
     assert perplexity["tokens"] == 256
     assert math.log(perplexity["perplexity"]) == pytest.approx(perplexity["loss"])
@@ -89,6 +101,7 @@ def test_every_task_of_an_msa_run(finished, files, capsys):
     assert all(0 < value < 1 for value in selection["stability"])
 
 
+@pytest.mark.usefixtures("shown")
 def test_runs_of_other_kinds_share_the_page_and_repeat_nothing(finished, capsys, monkeypatch):
     before, measured = cells_of(finished, "msa"), []
 

@@ -76,7 +76,7 @@ def test_a_killed_evaluation_goes_on_where_it_stood(tmp_path, monkeypatch):
 
     def run(dies_at=None):
         subject = Measured(monkeypatch, settings, dies_at=dies_at)
-        results = ResultsFile(path, IDENTITY)
+        results = ResultsFile.open(path, IDENTITY)
         try:
             evaluate(subject, results, on_cell=lambda cell, values: told.append((cell.key, values)))
         finally:
@@ -103,17 +103,17 @@ def test_a_killed_evaluation_goes_on_where_it_stood(tmp_path, monkeypatch):
 
 def test_results_of_something_else_are_refused(tmp_path):
     path = tmp_path / "run.json"
-    ResultsFile(path, IDENTITY).add(Cell("mqar", "", 64), {"score": 1})
-    assert ResultsFile(path, IDENTITY).cells == {"mqar::64": {"score": 1}}
+    ResultsFile.open(path, IDENTITY).add(Cell("mqar", "", 64), {"score": 1})
+    assert ResultsFile.open(path, IDENTITY).cells == {"mqar::64": {"score": 1}}
     with pytest.raises(ConfigError, match=r"is of another evaluation \(step 5, now 6\): set these"):
-        ResultsFile(path, IDENTITY | {"step": 6})
+        ResultsFile.open(path, IDENTITY | {"step": 6})
     path.write_text(path.read_text()[:20])
     with pytest.raises(ConfigError, match="holds no results; delete it, or take another --output"):
-        ResultsFile(path, IDENTITY)
+        ResultsFile.open(path, IDENTITY)
 
 
 def test_variants_stand_in_the_order_of_the_longest(tmp_path):
-    results = ResultsFile(tmp_path / "run.json", IDENTITY)
+    results = ResultsFile.open(tmp_path / "run.json", IDENTITY)
     for variant, length in (("b", 32), ("a", 64), ("b", 64)):
         results.add(Cell("ruler", variant, length), {})
     found = [(cell.variant, cell.length) for cell, _ in results.of_task("ruler")]

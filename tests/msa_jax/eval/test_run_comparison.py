@@ -9,7 +9,8 @@ from fabricated_runs import CONFIG, write_run
 
 from experiments import cli, compare
 from msa_jax.config import ConfigError
-from msa_jax.eval.comparison import length_table, main_table, read_contenders
+from msa_jax.eval.comparison import length_table, main_table
+from msa_jax.eval.contenders import read_contenders
 
 FINAL = {"msa_0": 1.70, "msa_1": 1.74, "gqa_0": 1.60}
 
