@@ -57,6 +57,18 @@ def _narrow(arg):
     return arg
 
 
+def indivisible[R](fn: Callable[..., R]) -> Callable[..., R]:
+    """Makes one operation of `fn`, which rematerialisation runs again as a whole or not at all.
+
+    For functions of arrays whose kernels write into a `jax.Ref` made inside. Rematerialisation goes
+    through what a layer does one by one; it leaves a Mosaic GPU kernel that writes to a reference
+    out of what it computes again, yet not those who make the reference and read it (jax 0.11 and
+    0.12). The backward pass would then read memory that nobody has written.
+    """
+    # What is called so for its batching rule, one call after the other, is never looked into.
+    return jax.custom_batching.sequential_vmap(fn)
+
+
 def refuse_varying(*args: object) -> None:
     """Refuses arrays that a `shard_map` with `check_vma=True` types as varying over mesh axes.
 

@@ -70,6 +70,7 @@ class GradientCase:
       dtype: "bfloat16" or "float16".
       place: of the queries.
       chunked: whether the backward pass must go through its queries in several chunks.
+      rematerialised: whether the backward pass attends again, keeping log-sum-exps alone.
     """
 
     shape: Shape
@@ -77,6 +78,7 @@ class GradientCase:
     dtype: str = "bfloat16"
     place: Place = WHOLE
     chunked: bool = False
+    rematerialised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

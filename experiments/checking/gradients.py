@@ -14,6 +14,7 @@ from experiments.checking.cases import GRADIENT_ERRORS, GradientCase
 from experiments.checking.judgement import Figure
 from experiments.checking.poison import poisoned
 from pallas_kernels import BlockSelection, sparse_attention
+from pallas_kernels.residuals import LOG_SUM_EXP
 from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention.backward import BackwardConfig
 
@@ -78,6 +79,9 @@ def _jitted(case: GradientCase, implementation: str):
         def results(q, k, v):
             return attend(q, k, v, block_ids, segment_ids, offset)
 
+        if case.rematerialised:
+            keep = jax.checkpoint_policies.save_only_these_names(LOG_SUM_EXP)
+            results = jax.checkpoint(results, policy=keep)
         (_, lse), pullback = jax.vjp(results, q, k, v)
         # Where nothing is visible the log-sum-exp is a constant.
         return pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))

@@ -29,7 +29,7 @@ from pallas_kernels.sparse_attention.union_mosaic_gpu import (
     union,
 )
 from pallas_kernels.sparse_attention.union_tiles import mean_union
-from pallas_kernels.tracing import in_32_bits, refuse_varying
+from pallas_kernels.tracing import in_32_bits, indivisible, refuse_varying
 from pallas_kernels.tuning import shape_bucket, tuned
 from pallas_kernels.visibility import visible_block_ids
 
@@ -168,16 +168,17 @@ def _attend(options: _Options, q, k, v, block_ids, offset, lists=None, **chunks)
         "union": run_union,
         "kv_outer": functools.partial(kv_outer, config=outer, **chunks, **call),
     }
+
+    @indivisible
+    def run(*arguments):
+        if config.scheme != "auto":
+            return schemes[config.scheme](*arguments)
+        per_warpgroup = WARPGROUP_ROWS // padded_group(q.shape[2] // k.shape[2])
+        overlap = union_ratio(arguments[3], per_warpgroup) <= config.max_union
+        return jax.lax.cond(overlap, schemes["union"], schemes["kv_outer"], *arguments)
+
     offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), q.shape[:1])
-    if config.scheme != "auto":
-        return schemes[config.scheme](q, k, v, block_ids, offsets, lists)
-    # Rematerialisation would split the conditional if ids that follow from no activations were
-    # known before q: what a branch then has to hand over may be a buffer that it writes to.
-    q, block_ids, offsets, lists = jax.lax.optimization_barrier((q, block_ids, offsets, lists))
-    arguments = q, k, v, block_ids, offsets, lists
-    per_warpgroup = WARPGROUP_ROWS // padded_group(q.shape[2] // k.shape[2])
-    overlap = union_ratio(block_ids, per_warpgroup) <= config.max_union
-    return jax.lax.cond(overlap, schemes["union"], schemes["kv_outer"], *arguments)
+    return run(q, k, v, block_ids, offsets, lists)
 
 
 def union_ratio(block_ids: Int[Array, "B Hkv T K"], queries: int) -> Float[Array, ""]:
@@ -256,19 +257,14 @@ def _chunks(options: _Options, q, k, top_k: int) -> Chunks:
 @in_32_bits
 def _backward(options: _Options, residuals, cotangents):
     q, k, v, lists, o, lse = residuals
-    gradients = backward(
-        q,
-        k,
-        v,
-        lists,
-        (o, lse),
-        cotangents,
+    run = functools.partial(
+        backward,
         chunks=_chunks(options, q, k, lists.places.shape[-1]),
         block_size=options.block_size,
         scale=options.scale,
         config=_tuned_backward(options.config.backward, q, k, options.block_size),
     )
-    return *gradients, None, None, None
+    return *indivisible(run)(q, k, v, lists, (o, lse), cotangents), None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -7,15 +7,32 @@ from experiments.compiling.steps import lower_step
 from experiments.compiling.targets import parse_target
 from msa_jax.train.config import ExperimentConfig, from_config_dict
 
-KERNELS = ("union", "partial_attention", "combine", "block_gradients")
+# How often each kernel is called in a step whose backward pass attends again, or need not.
+ONCE = {"union": 1, "partial_attention": 1, "combine": 2, "block_gradients": 1, "add_parts": 1}
+TWICE = ONCE | {"union": 2, "partial_attention": 2, "combine": 3}
 
 
-@pytest.mark.parametrize("kind", ["", "longformer", "bigbird"])
-def test_sparse_training_step(kind):
-    """Two layers, rematerialised: ids may follow from activations, or from their places alone."""
+@pytest.mark.parametrize(
+    ("kind", "remat", "calls"),
+    [
+        ("", "save_selection", TWICE),
+        ("", "full", TWICE),
+        ("", "dots", TWICE),
+        ("", "attention", ONCE),
+        ("", "none", ONCE),
+        ("longformer", "save_selection", TWICE),
+        ("bigbird", "save_selection", TWICE),
+    ],
+)
+def test_sparse_training_step(kind, remat, calls):
+    """What attends again does all of it again, both schemes; it reads no result that is not there.
+
+    Block ids may follow from activations, or from their places alone.
+    """
     config = get_config(kind)
-    config.model.num_layers = 2
+    config.model.num_layers, config.model.remat = 2, remat
     config.data.sequence_length = 1024
     lowered = lower_step(from_config_dict(ExperimentConfig, config), parse_target("h100"), "sparse")
-    text = lowered.as_text()
-    assert [name for name in KERNELS if f"{name}\\00" not in text] == []
+    kernels = [line for line in lowered.as_text().splitlines() if "@mosaic_gpu_v2" in line]
+    found = {name: sum(f"{name}\\00" in kernel for kernel in kernels) for name in calls}
+    assert found == calls
