@@ -60,6 +60,21 @@ class KernelResources:
     stack_bytes: int
 
 
+def lower_for_h100(fn: Callable, *args: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """Lowers `fn`, with the kernels it calls, for an H100.
+
+    Args:
+      fn: function of arrays.
+      *args: shapes and dtypes of its arguments.
+    """
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in args]
+    with traced_for(Target()):
+        return jax.jit(fn).lower(*placed)
+
+
 def compile_for_h100(fn: Callable, *args: jax.ShapeDtypeStruct) -> tuple[KernelResources, ...]:
     """Compiles `fn`, with the kernels it calls, to sm_90a machine code.
 
@@ -75,12 +90,8 @@ def compile_for_h100(fn: Callable, *args: jax.ShapeDtypeStruct) -> tuple[KernelR
       RuntimeError: the assembler reported fewer kernels than `fn` has, because some cache had them
         compiled: nothing would be known of those.
     """
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in args]
-    with traced_for(Target()), _assembler_report() as report:
-        lowered = jax.jit(fn).lower(*placed)
+    with _assembler_report() as report:
+        lowered = lower_for_h100(fn, *args)
         lowered.compile()
     kernels = _parse(report[0])
     # By hash, for XLA may merge calls of the same kernel.

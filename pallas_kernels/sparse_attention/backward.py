@@ -138,9 +138,9 @@ def backward(
     index = index._replace(queries=filled_tiles(index.queries, per_tile))
     length = chunks.number * chunks.length
     dq_sums = jax.empty_ref(jax.ShapeDtypeStruct((batch * length, *flat_q.shape[1:]), q.dtype))
-    dk_sums, dv_sums = (
-        jax.new_ref(jnp.zeros(array.shape, jnp.float32)) for array in (flat_k, flat_v)
-    )
+    # Behind a barrier, or XLA makes one array of zeros that compare equal, and both sums in it.
+    zeros = [jnp.zeros(array.shape, jnp.float32) for array in (flat_k, flat_v)]
+    dk_sums, dv_sums = map(jax.new_ref, jax.lax.optimization_barrier(zeros))
     sizes = Sizes(batch, groups // chunks.parts, num_blocks, groups)
 
     def differentiate(chunk):

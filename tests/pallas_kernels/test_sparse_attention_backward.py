@@ -1,6 +1,7 @@
 """Gradients of `sparse_attention` on Hopper: interpreted, and compiled ahead for an H100."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from attention_cases import BACKWARD, Case, interpreted
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from op_cases import compiled
 
-from pallas_kernels.ahead_of_time import compile_for_h100
+from pallas_kernels.ahead_of_time import compile_for_h100, lower_for_h100
 from pallas_kernels.mosaic_gpu import Target, traced_for
 from pallas_kernels.sparse_attention.add_parts_mosaic_gpu import add_parts
 from pallas_kernels.sparse_attention.backward import BackwardConfig, backward, backward_chunks
@@ -22,6 +23,7 @@ from pallas_kernels.sparse_attention.backward_mosaic_gpu import (
 )
 from pallas_kernels.sparse_attention.chunks_mosaic_gpu import chunk_lists
 from pallas_kernels.sparse_attention.combine_mosaic_gpu import CombineConfig, combine
+from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
 from pallas_kernels.sparse_attention.reverse_index import NUM_FIELDS, ReverseIndex
 from pallas_kernels.sparse_attention.union_mosaic_gpu import padded_group
 from pallas_kernels.visibility import visible_block_ids
@@ -283,3 +285,29 @@ def test_sums_of_parts_compile_without_spills():
     kernels = compile_for_h100(add, *(jax.ShapeDtypeStruct(*s) for s in shapes))
     assert len(kernels) == 2
     assert not any(kernel.spill_bytes for kernel in kernels)
+
+
+def test_sums_of_keys_and_values_are_two_arrays_where_layers_are_sliced_from_a_stack():
+    """XLA draws the slices into the kernel's call, and merges operands there that are equal."""
+    layers, queries, heads, groups, head_dim, top_k = 2, 256, 16, 2, 64, 4
+    stack = (layers, 1, queries)
+    q = jax.ShapeDtypeStruct((*stack, heads, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((*stack, groups, head_dim), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, groups, queries, top_k), jnp.int32)
+
+    def total(q, k, v, block_ids):
+        def layer(total, arrays):
+            o, _ = sparse_attention(*arrays, block_ids, None, 0, block_size=64, scale=0.2)
+            return total + o.astype(jnp.float32).sum(), None
+
+        return jax.lax.scan(layer, 0.0, (q, k, v))[0]
+
+    lowered = lower_for_h100(jax.grad(total, argnums=(0, 1, 2)), q, k, k, ids)
+    in_place = []
+    for line in lowered.compile().as_text().splitlines():
+        if aliases := re.search(r"output_to_operand_aliasing=\{(.*?\)\}?)\}", line):
+            (operands,) = re.findall(r"custom-call\((.*?)\)", line)
+            names = re.findall(r"%[\w.#-]+", operands)
+            in_place.append([names[int(n)] for n in re.findall(r"\((\d+),", aliases[1])])
+    assert sorted(map(len, in_place)) == [1, 1, 2, 2]  # `combine` twice, both that add to dK and dV
+    assert all(len(set(names)) == len(names) for names in in_place)
