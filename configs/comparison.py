@@ -16,8 +16,12 @@ Sizes are matched by `msa_jax.matching`: every feed-forward is as wide as it tak
 of parameters. Sliding window attention then gets as many tokens as cost MSA's training FLOPs;
 Longformer and BigBird have MSA's 16 blocks, one of them a sink, and BigBird five drawn ones.
 
-Hardware: made for one GPU of 80 GB; no GPU has run it.
-Expected result: not measured yet.
+Hardware: one H100 of 80 GB. MSA's peak is 11.7 GB, GQA's and that of sliding window
+attention 9.9, with the activations of all layers kept: several runs share it. Linear attention is
+compiled to 36 GB. Two runs at a time take 400 s, at 125,000 tokens per second each.
+Expected result: validation losses of 0.718 with MSA, 0.695 with GQA and 0.606 with sliding window
+attention after 2,400 steps, seed 0. Runs differ by as much with the step at which they learn to
+copy. The other mixers and the second seed have not run.
 """
 
 import dataclasses
@@ -62,7 +66,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             num_layers=12,
             ffn_dim=1536,
             tie_embeddings=True,
-            remat="save_selection",
+            remat="none",
         ),
         attention=AttentionConfig(
             num_heads=16,

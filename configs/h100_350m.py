@@ -16,8 +16,8 @@ input (67 MB), block ids and log-sum-exps (2.1 MB each): 1.7 GB in all, and the 
 (134 MB each), the feed-forward's inner arrays (210 MB each) and the partial results of selected
 attention (1.1 GB). Logits over 256 bytes are 34 MB a row and need no chunks of the sequence; a
 vocabulary of 200,000 would take 26 GB. The peaks were 12.2 GB with MSA and 10.7 GB densely.
-Expected result: four and three minutes with the compilation; 77,000 tokens per second with MSA and
-31,000 densely. Validation loss 2.860 with MSA and 2.579 densely, after 5M tokens, which is too
+Expected result: four and three minutes with the compilation; 80,000 tokens per second with MSA and
+32,000 densely. Validation loss 2.568 with MSA and 2.579 densely, after 5M tokens, which is too
 early to compare models: docs/benchmarks/h100_350m.md. A token takes 3.3 GFLOP with MSA and 11.7
 with dense attention.
 
