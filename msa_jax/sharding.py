@@ -168,7 +168,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dic
     rows *= jax.process_count()
     if length % pieces or jax.local_device_count() % pieces:
         raise ConfigError(
-            f"mesh.{spec[1]}={pieces}: does not divide data.sequence_length={length} or the "
+            f"mesh.{spec[1]}={pieces}: does not divide the {length} tokens of a row or the "
             f"{jax.local_device_count()} devices of a process; choose a divisor of both"
         )
     if rows % parts:

@@ -169,6 +169,24 @@ def _as_one_document(packed: Mapping[str, np.ndarray]) -> Batch:
     )
 
 
+def cut_rows(batch: Batch, length: int) -> Batch:
+    """Cuts rows of T tokens into rows of `length`; every piece of a document becomes a document.
+
+    Args:
+      batch: arrays [B, T].
+      length: of the new rows; divides T, and is a multiple of the block size if `batch` is packed
+        for one.
+
+    Returns:
+      Arrays [B T / length, length]: the same tokens and targets, positions from 0 where a document
+      goes on from the row before.
+    """
+    cut = {key: array.reshape(-1, length) for key, array in batch.items()}
+    segment_ids, positions = cut["segment_ids"], cut["positions"]
+    goes_on = segment_ids == segment_ids[:, :1]
+    return cut | {"positions": positions - np.where(goes_on, positions[:, :1], 0)}
+
+
 def padding_share(batch: Mapping[str, np.ndarray]) -> float:
     """The share of a batch's slots that hold padding."""
     return float(np.mean(np.asarray(batch["segment_ids"]) == 0))

@@ -18,16 +18,13 @@ class StepClock:
 
     Args:
       config: of the model, for its FLOPs.
-      length: tokens per row. Documents are counted as if each filled a row, so with shorter ones
-        the utilisation is an upper bound.
       devices: that the model runs on.
     """
 
-    def __init__(self, config: ArchitectureConfig, length: int, devices: list[jax.Device]):
+    def __init__(self, config: ArchitectureConfig, devices: list[jax.Device]):
         self._config = config
-        self._length = length
         self._devices = devices
-        self._compiled: set[str] = set()
+        self._compiled: set[tuple[Phase, int]] = set()
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._steps = 0
         self._tokens = 0
@@ -39,21 +36,23 @@ class StepClock:
         yield
         self._seconds[name] += time.perf_counter() - start
 
-    def add_step(self, phase: Phase, seconds: float, tokens: int) -> float | None:
+    def add_step(self, phase: Phase, length: int, seconds: float, tokens: int) -> float | None:
         """Counts one step.
 
-        The first step of a phase goes to `clock/compile_seconds`, which so holds one step besides.
+        The first step of a phase and length goes to `clock/compile_seconds`, which so holds one
+        step besides.
 
         Args:
           phase: of the step.
+          length: tokens per row.
           seconds: it took.
           tokens: real ones, no padding, in its batch.
 
         Returns:
           Tokens per second; None for a first step.
         """
-        if phase not in self._compiled:
-            self._compiled.add(phase)
+        if (phase, length) not in self._compiled:
+            self._compiled.add((phase, length))
             self._seconds["compile"] += seconds
             return None
         self._seconds["step"] += seconds
@@ -61,11 +60,13 @@ class StepClock:
         self._tokens += tokens
         return tokens / seconds
 
-    def take(self, phase: Phase) -> dict[str, float]:
+    def take(self, phase: Phase, length: int) -> dict[str, float]:
         """The fields of a record, and a fresh start.
 
         Args:
           phase: whose FLOPs count.
+          length: tokens per row. Documents are counted as if each filled a row, so with shorter
+            ones the utilisation is an upper bound.
 
         Returns:
           `clock/step_seconds` (mean), `clock/tokens_per_second` and, on a device whose peak is
@@ -80,7 +81,7 @@ class StepClock:
         if self._steps:
             rate = self._tokens / step_seconds
             fields |= {"step_seconds": step_seconds / self._steps, "tokens_per_second": rate}
-            flops = cost.training_flops_per_token(self._config, self._length, phase=phase)
+            flops = cost.training_flops_per_token(self._config, length, phase=phase)
             for name, per_token in flops._asdict().items():
                 kind = self._devices[0].device_kind
                 found = utilisation.mfu(per_token, rate, kind, len(self._devices))

@@ -37,6 +37,10 @@ class DataConfig:
       join_documents: rows are cut from all documents joined end to end, each row one document to
         the model: full context, no padding, and attention without a mask of documents, which cuDNN
         can serve. False packs documents that do not see each other.
+      warmup_length: sequence-length warm-up (Li et al., 2022, arXiv 2108.06084): the rows of the
+        first `length_warmup_steps` are cut into rows of so many tokens, a multiple of the attention
+        block size that divides `sequence_length`. A step's tokens stay the same.
+      length_warmup_steps: optimizer steps with short rows; 0 has none.
       batch_size: rows per optimizer step, over all devices and accumulation steps.
       validation_fraction: share of files held out.
       retrieval_task: the synthetic task that `retrieval_share` mixes in, see
@@ -51,6 +55,8 @@ class DataConfig:
     tokenizer: str = "byte"
     sequence_length: int = 1024
     join_documents: bool = False
+    warmup_length: int = 1024
+    length_warmup_steps: int = 0
     batch_size: int = 8
     validation_fraction: float = 0.05
     retrieval_task: RetrievalTask = "passkey"
@@ -66,8 +72,20 @@ class DataConfig:
             self.files,
             'data.source="files" needs a glob such as "corpus/**/*.txt"',
         )
-        for name in ("sequence_length", "batch_size"):
+        for name in ("sequence_length", "batch_size", "warmup_length"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be >= 1")
+        require(
+            self.length_warmup_steps >= 0,
+            "data.length_warmup_steps",
+            self.length_warmup_steps,
+            "must be >= 0",
+        )
+        require(
+            not self.length_warmup_steps or self.sequence_length % self.warmup_length == 0,
+            "data.warmup_length",
+            self.warmup_length,
+            f"must divide data.sequence_length={self.sequence_length}",
+        )
         require(
             0 < self.validation_fraction < 1,
             "data.validation_fraction",
@@ -250,6 +268,13 @@ class ExperimentConfig(ArchitectureConfig):
             length % block == 0,
             "data.sequence_length",
             length,
+            f"must be a multiple of attention.block_size={block}",
+        )
+        short = self.data.warmup_length
+        require(
+            not self.data.length_warmup_steps or short % block == 0,
+            "data.warmup_length",
+            short,
             f"must be a multiple of attention.block_size={block}",
         )
         rows, parts = self.data.batch_size, self.optimizer.accumulation_steps

@@ -29,7 +29,7 @@ import numpy as np
 
 from msa_jax.config import require
 from msa_jax.cost import Phase
-from msa_jax.data.packing import Batch, validate_batch
+from msa_jax.data.packing import Batch, cut_rows, validate_batch
 from msa_jax.data.pipeline import TrainIterator, train_iterator, validation_batches, vocab_size
 from msa_jax.model import require_vocabulary
 from msa_jax.sharding import RULES, axis_names, make_mesh, place_batch
@@ -145,26 +145,27 @@ class _Run:
         if start >= last:
             self.progress.message(f"nothing to do: train.steps={last} are done")
             return TrainResult(state, start, None)
-        clock = StepClock(config, config.data.sequence_length, list(self.mesh.devices.flat))
+        clock = StepClock(config, list(self.mesh.devices.flat))
         train_step, evaluate = make_train_step(config), self._make_evaluator()
         position, batch = data.get_state(), next(data)
         validate_batch(batch, config.attention.block_size)  # what no compiled step could notice
         for step in range(start + 1, last + 1):
             self.profiler.before_step(step)
-            phase = phase_of(config, step)
+            phase, length = phase_of(config, step), length_of(config, step)
             began = time.perf_counter()
-            state, metrics = train_step(state, place_batch(batch, self.mesh), phase)
+            placed = place_batch(cut_rows(batch, length), self.mesh)
+            state, metrics = train_step(state, placed, phase)
             with clock.measure("data"):  # while the devices work
                 next_position, next_batch = data.get_state(), next(data)
             values = jax.device_get(metrics)
             if not values.pop("finite"):
                 self.writer.write(step, "train", values)
                 raise NonFiniteError(self._dump(step, phase, state, batch, position, values))
-            rate = clock.add_step(phase, time.perf_counter() - began, int(values["tokens"]))
+            rate = clock.add_step(phase, length, time.perf_counter() - began, int(values["tokens"]))
             self.progress.update(step, phase=phase, loss=float(values["loss"]), rate=rate)
 
             if _due(step, config.train.log_every, last):
-                values |= {"sparse": int(phase == "sparse"), **clock.take(phase)}
+                values |= {"sparse": int(phase == "sparse"), **clock.take(phase, length)}
                 self.writer.write(step, "train", values)
             if _due(step, config.train.eval_every, last):
                 with clock.measure("evaluation"):
@@ -224,6 +225,12 @@ def phase_of(config: ExperimentConfig, step: int) -> Phase:
     layers = range(config.model.num_layers)
     sparse = any(config.attention_of(layer).kind == "msa" for layer in layers)
     return "warmup" if sparse and step <= config.objective.index_warmup_steps else "sparse"
+
+
+def length_of(config: ExperimentConfig, step: int) -> int:
+    """Tokens in a row of a step, counted from 1."""
+    data = config.data
+    return data.warmup_length if step <= data.length_warmup_steps else data.sequence_length
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -229,7 +229,7 @@ def test_a_batch_that_does_not_divide_names_the_field():
 
 def test_a_sequence_that_does_not_divide_names_the_field():
     for context in (7, 6):  # 6 divides the 24 tokens, not the 8 devices
-        message = rf"mesh.context={context}: does not divide data.sequence_length=24 or the 8 dev"
+        message = rf"mesh.context={context}: does not divide the 24 tokens of a row or the 8 dev"
         with pytest.raises(ConfigError, match=message):
             place_batch(batch(), mesh_of(context=context))
 

@@ -10,6 +10,7 @@ import pytest
 
 from msa_jax.data.packing import (
     BATCH_KEYS,
+    cut_rows,
     join_documents,
     pack_documents,
     padding_share,
@@ -82,6 +83,28 @@ def test_every_token_once_with_its_successor_as_target(packing):
     else:  # one separator before each document, which predicts its first token
         assert sorted(targets[~real]) == sorted(first)
         assert masks.all()
+
+
+@pytest.mark.parametrize("length", [8, 16])
+def test_cut_rows_are_the_same_tokens_in_pieces_that_start_at_0(length):
+    """Documents that end inside a piece, go on over several, and padding."""
+    batch = pack(
+        number_documents([30, 5, 9, 3, 20]), sequence_length=32, block_size=4, separator_id=0
+    )
+    cut = cut_rows(batch, length)
+    validate_batch(cut, 4)
+    for key in ("tokens", "targets", "loss_mask"):
+        np.testing.assert_array_equal(cut[key].ravel(), batch[key].ravel())
+    for tokens, _, positions, _ in pieces_of(cut):
+        np.testing.assert_array_equal(positions, np.arange(len(tokens)))
+    assert cut["positions"].max() == length - 1
+    np.testing.assert_array_equal(cut["positions"] == 0, starts(cut) | (cut["segment_ids"] == 0))
+
+
+def starts(batch):
+    """Where pieces begin, from the segment ids alone."""
+    ids = batch["segment_ids"]
+    return (ids > 0) & np.diff(ids, axis=1, prepend=0).astype(bool)
 
 
 @pytest.mark.parametrize("separator_id", [None, 0])

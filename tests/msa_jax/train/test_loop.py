@@ -23,7 +23,7 @@ from msa_jax.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from msa_jax.train.loop import NonFiniteError, TrainResult, phase_of, train
+from msa_jax.train.loop import NonFiniteError, TrainResult, length_of, phase_of, train
 from msa_jax.train.metrics import CLOCK_PREFIX, metrics_path, read_metrics
 
 STEPS = 8
@@ -351,6 +351,34 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.batch_size=2: must be a multiple of 8"):
         train(CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_steps_may_have_short_rows(tmp_path, monkeypatch):
+    """As many tokens in every step; a run interrupted among them goes on with them."""
+    shapes = []
+    place = loop.place_batch
+    monkeypatch.setattr(
+        loop,
+        "place_batch",
+        lambda batch, mesh: shapes.append(shape_of(batch)) or place(batch, mesh),
+    )
+    config = replace("data", warmup_length=24, length_warmup_steps=3)
+    assert [length_of(config, step) for step in (1, 3, 4)] == [24, 24, 96]
+    run(tmp_path / "whole", config)
+    assert shapes == [(8, 24)] * 3 + [(2, 96)] * 5
+    hook = Hook(2, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(tmp_path / "halves", config, hook).step == 2
+    shapes.clear()
+    run(tmp_path / "halves", config)
+    assert shapes == [(8, 24)] + [(2, 96)] * 5
+    losses = [
+        [record["loss"] for record in records(tmp_path / name)] for name in ("whole", "halves")
+    ]
+    assert losses[0] == losses[1]
+
+
+def shape_of(batch) -> tuple[int, ...]:
+    return batch["tokens"].shape
 
 
 def test_phases():
