@@ -32,6 +32,7 @@ from pallas_kernels.mosaic_gpu import (
     swizzled,
 )
 from pallas_kernels.sparse_attention.union_tiles import (
+    LIST_ALIGNMENT,
     UnionTiles,
     union_tiles,
 )
@@ -196,7 +197,9 @@ def attend_tiles(
     # Whole blocks, so that no copy reads past the end; the causal mask hides what is added.
     pad = ((0, 0), (0, -k.shape[1] % block_size), (0, 0), (0, 0))
     k, v = jnp.pad(k, pad), jnp.pad(v, pad)
-    o, lse = _kernel(problem, target)(q, k, v, *tiles, offsets)
+    # A copy takes at most 256 entries along an axis, a list may have more: it is cut into rows.
+    lists = tiles.lists.reshape(*tiles.counts.shape, -1, LIST_ALIGNMENT)
+    o, lse = _kernel(problem, target)(q, k, v, lists, tiles.counts, offsets)
     lse = lse.reshape(batch, kv_heads, -1, problem.group)[:, :, :num_queries, :group]
     lse = lse.swapaxes(2, 3).reshape(batch, heads, num_queries)
     return o[:, :, :, :group].reshape(batch, num_queries, heads, head_dim), lse
@@ -254,7 +257,7 @@ def _kernel(problem: _Problem, target: Target):
         ),
         plgpu.SMEM(ring, problem.dtype, transforms=transforms),
         plgpu.SMEM((config.num_consumers, WARPGROUP_ROWS), jnp.float32),
-        plgpu.SMEM((2, problem.list_length), jnp.int32),
+        plgpu.SMEM((2 * problem.list_length // LIST_ALIGNMENT, LIST_ALIGNMENT), jnp.int32),
         plgpu.Barrier(num_arrivals=problem.per_warpgroup, num_barriers=config.num_consumers),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=config.ring),
@@ -313,7 +316,7 @@ class _ThreadBlock:
 
         @pl.loop(0, count)
         def _(step):
-            start = self.blocks[0, step] * problem.block_size
+            start = self._entry(0, step) * problem.block_size
             for part in range(problem.parts):
                 keys = pl.ds(start + part * config.key_tile, config.key_tile)
                 for i, source in enumerate((self.k, self.v)):
@@ -325,6 +328,11 @@ class _ThreadBlock:
         @pl.loop(jnp.maximum(total - config.ring, 0), total)
         def _(index):
             plgpu.barrier_wait(self.consumed.at[self._slot(index)])
+
+    def _entry(self, which: int, step):
+        """Of the tile's list: the id of its `step`-th block (0), or who selected it (1)."""
+        place = which * self.problem.list_length + step
+        return self.blocks[place // LIST_ALIGNMENT, place % LIST_ALIGNMENT]
 
     def _load(self, source, index):
         slot = self._slot(index)
@@ -368,9 +376,9 @@ class _ThreadBlock:
         )
 
         def step(step, state):
-            members = self.blocks[1, step] >> (warpgroup * problem.per_warpgroup)
+            members = self._entry(1, step) >> (warpgroup * problem.per_warpgroup)
             members &= (1 << problem.per_warpgroup) - 1
-            start = self.blocks[0, step] * problem.block_size - slot
+            start = self._entry(0, step) * problem.block_size - slot
             attend = functools.partial(self._attend, step, start, members, warpgroup)
             return lax.cond(members != 0, attend, functools.partial(self._skip, step), state)
 

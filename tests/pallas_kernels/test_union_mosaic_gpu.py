@@ -46,6 +46,7 @@ CASES = {
     "an offset per row": Case(ONE, batch=2, num_queries=3, offset=(5, 200)),
     "float16": Case(ONE, num_queries=4, offset=129, dtype="float16"),
     "from the first query": Case(ONE, num_queries=6, num_keys=100),
+    "a list of two rows": Case(ONE, num_queries=5, num_keys=2560, offset=2550, top_k=30),
 }
 
 
@@ -122,11 +123,11 @@ def test_no_races(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-def arguments(group=16, head_dim=128, dtype="bfloat16"):
+def arguments(group=16, head_dim=128, dtype="bfloat16", length=4096):
     """Shapes of q, k, v, block_ids and query_offset for 4096 tokens and two groups."""
-    kv = jax.ShapeDtypeStruct((1, 4096, 2, head_dim), dtype)
-    q = jax.ShapeDtypeStruct((1, 4096, 2 * group, head_dim), dtype)
-    ids = jax.ShapeDtypeStruct((1, 2, 4096, 16), jnp.int32)
+    kv = jax.ShapeDtypeStruct((1, length, 2, head_dim), dtype)
+    q = jax.ShapeDtypeStruct((1, length, 2 * group, head_dim), dtype)
+    ids = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.int32)
     return q, kv, kv, ids, jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
@@ -143,6 +144,14 @@ def test_compiles_for_h100_without_spills(group, head_dim, block_size):
     config = UnionConfig.for_block(block_size, head_dim)
     shipped = functools.partial(attend, config=config, block_size=block_size)
     (kernel,) = compile_for_h100(shipped, *arguments(group, head_dim))
+    assert kernel.spill_bytes == 0
+
+
+def test_lists_longer_than_one_copy_may_be_compile_for_h100():
+    """24 queries a tile with 16 blocks each, of 512: a list of 384, and a copy takes 256."""
+    config = UnionConfig.for_block(64, 64)
+    shipped = functools.partial(attend, config=config, block_size=64)
+    (kernel,) = compile_for_h100(shipped, *arguments(4, 64, length=2**15))
     assert kernel.spill_bytes == 0
 
 
