@@ -34,6 +34,11 @@ class KVCache:
     index_k: Float[Array, "*layers B S Di"] | None
     length: Int[Array, "*layers B"]
 
+    @property
+    def entries(self) -> tuple[Array, Array, Array | None]:
+        """What `append` takes, of all slots."""
+        return self.k, self.v, self.index_k
+
     @staticmethod
     def empty(
         batch: int,
@@ -91,6 +96,11 @@ class LatentCache:
     latent: Float[Array, "*layers B S L"]
     rope_k: Float[Array, "*layers B S R"]
     length: Int[Array, "*layers B"]
+
+    @property
+    def entries(self) -> tuple[Array, Array]:
+        """What `append` takes, of all slots."""
+        return self.latent, self.rope_k
 
     @staticmethod
     def empty(

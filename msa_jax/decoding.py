@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from msa_jax.attention import Mode
 from msa_jax.cache import after_prompts, before_prompts
 from msa_jax.model import Transformer
 
@@ -69,13 +70,15 @@ def prefill(
     are computed.
     """
     batch, width = prompts.shape
+    mode = Mode(prefill=True)
     empty = model.init_cache(batch, width + max_new_tokens)
     if prompt_lengths is None:
-        x, cache, _ = model.hidden_states(prompts, cache=empty)
+        x, cache, _ = model.hidden_states(prompts, cache=empty, mode=mode)
         x = x[:, -1:]
     else:
         # What lies behind each prompt is padding: the next tokens go there.
-        x, cache, _ = model.hidden_states(prompts, cache=before_prompts(empty, prompt_lengths))
+        ready = before_prompts(empty, prompt_lengths)
+        x, cache, _ = model.hidden_states(prompts, cache=ready, mode=mode)
         cache = after_prompts(cache, prompt_lengths)
         x = jnp.take_along_axis(x, (prompt_lengths - 1)[:, None, None], axis=1)
     return cache, model.embedding.decode(x)[:, 0]

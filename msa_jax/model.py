@@ -77,15 +77,19 @@ def remat_policy(remat: Remat) -> Callable[..., Any] | None:
     "full" keeps the layer's input alone. "save_selection" also what is small beside a layer's
     arrays: block ids, log-sum-exps and the KL's gradients. Selection, whose cost grows as N^2, and
     the KL do not run again, attention does. "attention" keeps the attention output too, so that
-    none of them runs twice. "dots" keeps every matmul without batch dims.
+    none of them runs twice. "dots" keeps the results of all projections besides, and computes again
+    what is between them: norms, rotations and gates, cheap to compute and wide in float32.
     """
     policies = jax.checkpoint_policies
     small = BLOCK_IDS, LOG_SUM_EXP, INDEX_GRADIENTS
+    attention = policies.save_only_these_names(*small, OUTPUT)
     return {
         "full": policies.nothing_saveable,
         "save_selection": policies.save_only_these_names(*small),
-        "attention": policies.save_only_these_names(*small, OUTPUT),
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": attention,
+        "dots": policies.save_from_both_policies(
+            attention, policies.dots_with_no_batch_dims_saveable
+        ),
     }.get(remat)
 
 

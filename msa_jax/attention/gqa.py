@@ -6,7 +6,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention.mixer import MixerOutput, Mode
-from msa_jax.attention.projections import Projections, default_positions, refuse_packed_cache
+from msa_jax.attention.projections import (
+    Projections,
+    default_positions,
+    refuse_packed_cache,
+    with_cached,
+)
 from msa_jax.cache import KVCache
 from msa_jax.config import AttentionConfig
 from pallas_kernels import dense_attention
@@ -67,11 +72,8 @@ class GQAttention(nnx.Module):
     ) -> MixerOutput:
         """See `Mixer`; reports nothing."""
         refuse_packed_cache(segment_ids, cache)
-        offset = 0 if cache is None else cache.length
         q, k, v = self.main.heads(x, default_positions(x, positions, cache))
-        if cache is not None:
-            cache = cache.append(k, v, None)
-            k, v = cache.k, cache.v
+        cache, (k, v, _), offset = with_cached(cache, (k, v, None), mode)
         implementation = self.config.implementation
         o, _ = dense_attention(
             q,

@@ -21,12 +21,15 @@ class Mode:
       losses: compute the auxiliary losses, which evaluation and decoding do without.
       diagnostics: compute the selection metrics, at the cost of a dense pass.
       selections: report the block ids themselves, as `aux["block_ids"]` [B, Hkv, T, K].
+      prefill: the cache that is given is empty, so that queries attend to the tokens of this call
+        alone: as without a cache, by the same kernels. Nothing checks that it is.
     """
 
     phase: Literal["warmup", "sparse"] = "sparse"
     losses: bool = False
     diagnostics: bool = False
     selections: bool = False
+    prefill: bool = False
 
 
 class MixerOutput(NamedTuple):

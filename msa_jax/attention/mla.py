@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention.mixer import MixerOutput, Mode
-from msa_jax.attention.projections import default_positions, refuse_packed_cache
+from msa_jax.attention.projections import default_positions, refuse_packed_cache, with_cached
 from msa_jax.cache import LatentCache
 from msa_jax.config import AttentionConfig
 from msa_jax.nn.norm import RMSNorm
@@ -94,15 +94,12 @@ class MLAttention(nnx.Module):
         """See `Mixer`; reports nothing."""
         refuse_packed_cache(segment_ids, cache)
         positions = default_positions(x, positions, cache)
-        place = {"segment_ids": segment_ids, "query_offset": 0 if cache is None else cache.length}
         q, rope_q = self._queries(x, positions)
         latent, rope_k = self._latents(x, positions)
-        attend = self._expanded
-        if cache is not None:
-            cache = cache.append(latent, rope_k)
-            latent, rope_k = cache.latent, cache.rope_k
-            attend = self._absorbed if self._absorbs(x.shape[1]) else self._expanded
-        o = attend(q, rope_q, latent, rope_k, **place)
+        absorbs = cache is not None and self._absorbs(x.shape[1])
+        attend = self._absorbed if absorbs else self._expanded
+        cache, (latent, rope_k), offset = with_cached(cache, (latent, rope_k), mode)
+        o = attend(q, rope_q, latent, rope_k, segment_ids=segment_ids, query_offset=offset)
         y = project("bthv,hvm->btm", o, self.o, self.dtype, "batch", "sequence", None)
         return MixerOutput(y.astype(x.dtype), cache, shared, {})
 

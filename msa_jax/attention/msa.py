@@ -9,7 +9,12 @@ from jaxtyping import Array, Float, Int
 from msa_jax.attention.diagnostics import selection_reports
 from msa_jax.attention.mixer import BLOCK_IDS, MixerOutput, Mode
 from msa_jax.attention.pattern import fixed_selection
-from msa_jax.attention.projections import Projections, default_positions, refuse_packed_cache
+from msa_jax.attention.projections import (
+    Projections,
+    default_positions,
+    refuse_packed_cache,
+    with_cached,
+)
 from msa_jax.cache import KVCache
 from msa_jax.config import AttentionConfig
 from msa_jax.nn.norm import RMSNorm
@@ -133,14 +138,11 @@ class MSAttention(nnx.Module):
         groups in nats; with `mode.diagnostics` what `selection_metrics` returns.
         """
         refuse_packed_cache(segment_ids, cache)
-        offset = 0 if cache is None else cache.length
-        place = {"segment_ids": segment_ids, "query_offset": offset}
         positions = default_positions(x, positions, cache)
         q, k, v = self.main.heads(x, positions)
         index_q, index_k = (None, None) if self.index is None else self.index(x, positions)
-        if cache is not None:
-            cache = cache.append(k, v, index_k)
-            k, v, index_k = cache.k, cache.v, cache.index_k
+        cache, (k, v, index_k), offset = with_cached(cache, (k, v, index_k), mode)
+        place = {"segment_ids": segment_ids, "query_offset": offset}
         implementation = (
             None if self.config.implementation == "auto" else self.config.implementation
         )

@@ -12,7 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from msa_jax.attention.diagnostics import selection_reports
 from msa_jax.attention.mixer import BLOCK_IDS, MixerOutput, Mode
-from msa_jax.attention.projections import Projections, default_positions, refuse_packed_cache
+from msa_jax.attention.projections import (
+    Projections,
+    default_positions,
+    refuse_packed_cache,
+    with_cached,
+)
 from msa_jax.cache import KVCache
 from msa_jax.config import AttentionConfig
 from pallas_kernels import BlockSelection, select_pattern, sparse_attention
@@ -117,11 +122,9 @@ class PatternAttention(nnx.Module):
     ) -> MixerOutput:
         """See `Mixer`; with `mode.diagnostics` `aux` holds what `selection_metrics` returns."""
         refuse_packed_cache(segment_ids, cache)
-        place = {"segment_ids": segment_ids, "query_offset": 0 if cache is None else cache.length}
         q, k, v = self.main.heads(x, default_positions(x, positions, cache))
-        if cache is not None:
-            cache = cache.append(k, v, None)
-            k, v = cache.k, cache.v
+        cache, (k, v, _), offset = with_cached(cache, (k, v, None), mode)
+        place = {"segment_ids": segment_ids, "query_offset": offset}
         selection = fixed_selection(q, k, self.config, **place)
         name = self.config.implementation
         implementation = None if name == "auto" else name

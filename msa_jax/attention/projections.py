@@ -1,10 +1,13 @@
 """Query, key, value and output projections, shared by the softmax-attention mixers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from msa_jax.cache import Cache
+from msa_jax.attention.mixer import Mode
+from msa_jax.cache import Cache, KVCache, LatentCache
 from msa_jax.config import AttentionConfig
 from msa_jax.nn.norm import RMSNorm
 from msa_jax.nn.param import matrix
@@ -84,6 +87,16 @@ def default_positions(
     count = jnp.arange(x.shape[1], dtype=jnp.int32)
     start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
     return start[:, None] + count
+
+
+def with_cached[C: (KVCache, LatentCache)](
+    cache: C | None, new: tuple[Any, ...], mode: Mode
+) -> tuple[C | None, tuple[Any, ...], Int[Array, "B"] | int]:
+    """The cache with new tokens in it, what these attend to, and the slot of the first of them."""
+    if cache is None:
+        return None, new, 0
+    longer = cache.append(*new)
+    return (longer, new, 0) if mode.prefill else (longer, longer.entries, cache.length)
 
 
 def refuse_packed_cache(segment_ids: Array | None, cache: Cache | None) -> None:

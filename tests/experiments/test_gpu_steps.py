@@ -17,7 +17,7 @@ TWICE = ONCE | {"union": 2, "partial_attention": 2, "combine": 3}
     [
         ("", "save_selection", TWICE),
         ("", "full", TWICE),
-        ("", "dots", TWICE),
+        ("", "dots", ONCE),
         ("", "attention", ONCE),
         ("", "none", ONCE),
         ("longformer", "save_selection", TWICE),

@@ -294,7 +294,7 @@ def test_without_the_detachment_the_kl_reaches_the_rest(make_model, expected_gra
 
 @pytest.mark.parametrize(
     ("remat", "selections"),
-    [("none", 1), ("dots", 2), ("full", 2), ("save_selection", 1), ("attention", 1)],
+    [("none", 1), ("dots", 1), ("full", 2), ("save_selection", 1), ("attention", 1)],
 )
 def test_what_the_backward_pass_recomputes(remat, selections):
     """Counted by top-k, which has no gradient: it runs again unless the block ids were kept."""

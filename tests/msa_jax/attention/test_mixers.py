@@ -4,6 +4,7 @@ One row holds 40 tokens in blocks of 4, so that queries choose 3 of up to 10 blo
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from msa_jax.attention import Mode, build_mixer
 from msa_jax.attention.msa import IndexBranch
+from msa_jax.cache import RecurrentCache
 from msa_jax.config import AttentionConfig
 
 BATCH, LENGTH, D_MODEL = 2, 40, 12
@@ -105,12 +107,12 @@ def forward(layers, x, positions, segment_ids):
     return jnp.stack(outputs), block_ids
 
 
-@jax.jit
-def decode(layers, x, caches):
+@functools.partial(jax.jit, static_argnames="mode")
+def decode(layers, x, caches, mode=Mode()):
     """The same from caches."""
     outputs, shared, new_caches = [], None, []
     for layer, cache in zip(layers, caches, strict=True):
-        mixed = layer(x, cache=cache, shared=shared)
+        mixed = layer(x, cache=cache, shared=shared, mode=mode)
         shared = mixed.shared
         x = x + mixed.y
         outputs.append(mixed.y)
@@ -167,13 +169,32 @@ def test_cached_decoding_is_the_full_forward_pass(layers):
     assert [cache.length.tolist() for cache in caches] == [[40, 33]] * len(layers)
 
 
+def test_a_prefill_is_the_forward_pass_and_reads_no_slot_of_the_cache(layers):
+    """The slots hold NaN, which a query that looks at any of them would return."""
+    x = inputs()
+    expected, _ = forward(layers, x, *one_document())
+    caches = [poisoned(layer.init_cache(BATCH, LENGTH + 3)) for layer in layers]
+    y, caches = decode(layers, x, caches, mode=Mode(prefill=True))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    assert [cache.length.tolist() for cache in caches] == [[LENGTH, LENGTH]] * len(layers)
+
+
+def poisoned(cache):
+    """A recurrent state is no slot: the first token reads it."""
+    if isinstance(cache, RecurrentCache):
+        return cache
+    names = [name for name, a in vars(cache).items() if name != "length" and a is not None]
+    slots = {name: getattr(cache, name) + jnp.nan for name in names}
+    return dataclasses.replace(cache, **slots)
+
+
 @pytest.mark.parametrize("name", DECODED_ONE_BY_ONE)
 def test_a_prompt_and_then_single_tokens_are_the_full_forward_pass(name, make_mixer):
     """As `generate` decodes: the prompt in one call, which ends within a block."""
     layers, x, prompt, steps = [make_mixer(CASES[name])], inputs(), 22, 4
     expected, _ = forward(layers, x, *one_document())
     caches = [layer.init_cache(BATCH, LENGTH) for layer in layers]
-    y, caches = decode(layers, x[:, :prompt], caches)
+    y, caches = decode(layers, x[:, :prompt], caches, mode=Mode(prefill=True))
     parts = [y]
     for slot in range(prompt, prompt + steps):
         y, caches = decode(layers, x[:, slot : slot + 1], caches)
