@@ -1,4 +1,4 @@
-"""MSA against the mixers that it is compared with: 43M parameters, 8K tokens of context.
+"""MSA against the mixers that it is compared with: 35M parameters, 8K tokens of context.
 
 Command, for one of msa, gqa, mha, sliding_window, longformer, bigbird, mla, linear and mamba2:
 
@@ -62,14 +62,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ExperimentConfig(
         model=ModelConfig(
             vocab_size=ByteTokenizer.vocab_size,
-            d_model=512,
-            num_layers=12,
-            ffn_dim=1536,
+            d_model=640,
+            num_layers=8,
+            ffn_dim=1792,
             tie_embeddings=True,
-            remat="none",
+            remat="dots",
         ),
         attention=AttentionConfig(
-            num_heads=16,
+            num_heads=8,
             num_kv_heads=2,
             head_dim=64,
             rope_dim=32,
@@ -83,19 +83,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             source="stdlib",
             sequence_length=_LENGTH,
             join_documents=True,
+            warmup_length=1024,
+            length_warmup_steps=1200,
             batch_size=2,
             retrieval_task="mixture",
             retrieval_share=0.5,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, decay_fraction=0.3),
-        objective=ObjectiveConfig(index_warmup_steps=300),
-        # 16,384 tokens a step, 39M in all.
+        objective=ObjectiveConfig(index_warmup_steps=1500),
+        # 16,384 tokens a step, 49M in all.
         train=TrainConfig(
-            steps=2400,
+            steps=3000,
             log_every=20,
-            eval_every=600,
+            eval_every=1000,
             eval_batches=16,
-            checkpoint_every=1200,
+            checkpoint_every=1000,
             keep_checkpoints=2,
             prefetch_batches=64,  # those of a pool of rows
         ),
