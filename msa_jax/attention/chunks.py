@@ -33,14 +33,24 @@ class Documents(NamedTuple):
     real: Bool[Array, "B T"]
 
 
-def find_documents(segment_ids: Int[Array, "B T"] | None, batch: int, num_tokens: int) -> Documents:
+def find_documents(segment_ids: Int[Array, "B T"] | None) -> Documents | None:
     """Documents by their segment ids, 0 for padding; None for one document per row."""
     if segment_ids is None:
-        shape = (batch, num_tokens)
-        return Documents(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
+        return None
     starts = (segment_ids[:, 1:] != segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     number = jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     return Documents(number, segment_ids > 0)
+
+
+def without_padding(array: Float[Array, "B T *rest"], documents: Documents | None) -> Array:
+    """The array with 0 for padding.
+
+    Where there is none there is no mask either: XLA would not see that it is constant, and read
+    it from memory, as large as the array, in every layer.
+    """
+    if documents is None:
+        return array
+    return jnp.where(documents.real.reshape(*array.shape[:2], *(1,) * (array.ndim - 2)), array, 0)
 
 
 def refuse_split_sequence(kind: str) -> None:
@@ -55,24 +65,27 @@ def refuse_split_sequence(kind: str) -> None:
 
 
 def split_chunks(array: Array, size: int, *, mode: str = "constant") -> Array:
-    """[B, T, ...] to [N, B, size, ...], padded behind with zeros, or as `jnp.pad`'s `mode` does."""
+    """[B, T, ...] to [B, N, size, ...], padded behind with zeros, or as `jnp.pad`'s `mode` does."""
     batch, num_tokens, *rest = array.shape
     num_chunks = -(-num_tokens // size)
     padding = [(0, 0), (0, num_chunks * size - num_tokens)] + [(0, 0)] * len(rest)
     padded = jnp.pad(array, padding, mode=mode)
-    return jnp.moveaxis(padded.reshape(batch, num_chunks, size, *rest), 1, 0)
+    return padded.reshape(batch, num_chunks, size, *rest)
+
+
+def join_chunks(chunks: Float[Array, "B N C *rest"], num_tokens: int) -> Float[Array, "B T *rest"]:
+    """The inverse of `split_chunks`, without the padding."""
+    return chunks.reshape(len(chunks), -1, *chunks.shape[3:])[:, :num_tokens]
 
 
 def split_heads(array: Array, size: int) -> Array:
-    """[B, T, H, ...] to [N, B, H, size, ...]."""
+    """[B, T, H, ...] to [B, N, H, size, ...]."""
     return jnp.moveaxis(split_chunks(array, size), 2, 3)
 
 
-def join_heads(chunks: Float[Array, "N B H C D"], num_tokens: int) -> Float[Array, "B T H D"]:
+def join_heads(chunks: Float[Array, "B N H C D"], num_tokens: int) -> Float[Array, "B T H D"]:
     """The inverse of `split_heads`, without the padding."""
-    num_chunks, batch, heads, size, dim = chunks.shape
-    joined = chunks.transpose(1, 0, 3, 2, 4).reshape(batch, num_chunks * size, heads, dim)
-    return joined[:, :num_tokens]
+    return join_chunks(jnp.swapaxes(chunks, 2, 3), num_tokens)
 
 
 class Decays(NamedTuple):
@@ -85,57 +98,40 @@ class Decays(NamedTuple):
       whole: from the state before the chunk to the one behind it.
     """
 
-    between: Float[Array, "N B H C C"]
-    from_start: Float[Array, "N B H C"]
-    to_end: Float[Array, "N B H C"]
-    whole: Float[Array, "N B H"]
+    between: Float[Array, "B N H C C"]
+    from_start: Float[Array, "B N H C"]
+    to_end: Float[Array, "B N H C"]
+    whole: Float[Array, "B N H"]
 
 
-def chunk_decays(log_decay: Float[Array, "N B H C"], number: Int[Array, "N B C"]) -> Decays:
-    """What is left, at each token and behind each chunk, of what came before."""
-    total = jnp.cumsum(log_decay, axis=-1)
-    size = log_decay.shape[-1]
-    visible = number[..., :, None] == number[..., None, :]
-    visible = (visible & jnp.tri(size, dtype=bool))[:, :, None]
-    exponent = total[..., :, None] - total[..., None, :]
-    between = jnp.exp(jnp.where(visible, exponent, -jnp.inf))
-    # The state before the first chunk is that of document 0.
-    before = jnp.pad(number[:-1, :, -1], ((1, 0), (0, 0)))
-    goes_on = (number == before[..., None])[:, :, None]
-    from_start = jnp.exp(jnp.where(goes_on, total, -jnp.inf))
-    return Decays(between, from_start, between[..., -1, :], from_start[..., -1])
-
-
-def pass_on(
-    transition: Float[Array, "N *batch I J"],
-    written: Float[Array, "N *batch K V"],
-    state: Float[Array, "*batch K V"],
-    times: Callable[[Array, Array], Array],
-) -> tuple[Float[Array, "N *batch K V"], Float[Array, "*batch K V"]]:
-    """The states of S_n+1 = times(transition_n, S_n) + written_n from chunk to chunk.
-
-    By a tree of depth log N rather than chunk after chunk: on a GPU a loop of so small products
-    waits for the start of its kernels.
+def chunk_decays(
+    log_decay: Float[Array, "B N H C"], number: Int[Array, "B N C"] | None, *, long: bool = False
+) -> Decays:
+    """What is left, at each token and behind each chunk, of what came before.
 
     Args:
-      transition: of each chunk.
-      written: what each chunk leaves in the state.
-      state: before the first chunk.
-      times: applies a transition to a state, or to an earlier transition; associative.
-
-    Returns:
-      The state before each chunk, and the one behind the last.
+      log_decay: natural logs.
+      number: of each token's document; None if all belong to the same.
+      long: whether sums over a chunk are so large that their differences lose digits; each is then
+        summed by itself.
     """
-
-    def join(earlier, later):
-        (first, left), (second, right) = earlier, later
-        if not len(first):  # the tree's last pair is empty: no product, XLA cannot partition it
-            return earlier
-        return times(second, first), times(second, left) + right
-
-    written = written.at[0].add(times(transition[0], state))
-    _, behind = jax.lax.associative_scan(join, (transition, written))
-    return jnp.concatenate([state[None], behind[:-1]]), behind[-1]
+    total = jnp.cumsum(log_decay, axis=-1)
+    size = log_decay.shape[-1]
+    visible, from_start = jnp.tri(size, dtype=bool), total
+    if number is not None:
+        visible &= (number[..., :, None] == number[..., None, :])[:, :, None]
+        # The state before the first chunk is that of document 0.
+        before = jnp.pad(number[:, :-1, -1], ((0, 0), (1, 0)))
+        goes_on = (number == before[..., None])[:, :, None]
+        from_start = jnp.where(goes_on, total, -jnp.inf)
+    if long:
+        later = jnp.where(jnp.tri(size, k=-1, dtype=bool), log_decay[..., None], 0)
+        exponent = jnp.cumsum(later, axis=-2)
+    else:
+        exponent = total[..., :, None] - total[..., None, :]
+    between = jnp.exp(jnp.where(visible, exponent, -jnp.inf))
+    from_start = jnp.exp(from_start)
+    return Decays(between, from_start, between[..., -1, :], from_start[..., -1])
 
 
 def wide(array: Array) -> jnp.dtype:
@@ -144,12 +140,40 @@ def wide(array: Array) -> jnp.dtype:
 
 
 def product_in(dtype: jnp.dtype) -> Callable[..., Array]:
-    """einsum of operands that are rounded to `dtype`, summed in float32 or wider."""
-    accumulator = jnp.promote_types(dtype, jnp.float32)
+    """`product(equation, a, b, out=None)`: an einsum of two operands that are rounded to `dtype`.
 
-    def product(equation: str, *operands: Array) -> Array:
-        operands = tuple(operand.astype(dtype) for operand in operands)
-        einsum = partial(jnp.einsum, precision="highest", preferred_element_type=accumulator)
-        return einsum(equation, *operands)
+    It is summed in float32 or wider, and rounded to `out` if that is given. The products of the
+    backward pass are as narrow: each index of an operand must be in the other or in the result.
+    """
+
+    def product(equation: str, a: Array, b: Array, *, out: jnp.dtype | None = None) -> Array:
+        a, b = a.astype(dtype), b.astype(dtype)
+        return _product(equation, out or wide(a), a, b)
 
     return product
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
+    # XLA would join products that share an operand, and copy the others together for that.
+    a, b = jax.lax.optimization_barrier((a, b))
+    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=dtype)
+
+
+def _product_forward(equation, dtype, a, b):
+    return _product(equation, dtype, a, b), (a, b)
+
+
+def _product_backward(equation, dtype, operands, cotangent):
+    """With the cotangent rounded: a float32 one would widen the operands, off the tensor cores."""
+    a, b = operands
+    sources, result = equation.split("->")
+    of_a, of_b = sources.split(",")
+    cotangent = cotangent.astype(a.dtype)
+    return (
+        _product(f"{result},{of_b}->{of_a}", a.dtype, cotangent, b),
+        _product(f"{of_a},{result}->{of_b}", b.dtype, a, cotangent),
+    )
+
+
+_product.defvjp(_product_forward, _product_backward)

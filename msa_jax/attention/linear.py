@@ -8,7 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from msa_jax.attention.chunks import find_documents, refuse_split_sequence, wide
+from msa_jax.attention.chunks import (
+    find_documents,
+    refuse_split_sequence,
+    wide,
+    without_padding,
+)
 from msa_jax.attention.delta_rule import delta_rule, delta_rule_step
 from msa_jax.attention.mixer import MixerOutput, Mode
 from msa_jax.attention.projections import refuse_packed_cache
@@ -109,19 +114,18 @@ class GatedDeltaNet(nnx.Module):
 
     def _mix(self, qkv, log_decay, beta, kernel, segment_ids, tail, state):
         """Convolution and delta rule: outputs, the convolution's tail and the state."""
-        batch, num_tokens = qkv.shape[:2]
-        documents = find_documents(segment_ids, batch, num_tokens)
+        documents = find_documents(segment_ids)
         qkv, tail = short_convolution(qkv, kernel, None, documents, tail)
         key_dim = self.config.head_dim
         q, k, v = jnp.split(qkv, [key_dim, 2 * key_dim], axis=-1)
         q, k = _unit(q) / math.sqrt(key_dim), _unit(k)
         beta = jax.nn.sigmoid(beta.astype(log_decay.dtype))
-        if state is None or num_tokens > 1:
+        if state is None or qkv.shape[1] > 1:
             options = {"segment_ids": segment_ids, "initial_state": state}
             chunk_size = self.config.linear.chunk_size
             o, state = delta_rule(q, k, v, log_decay, beta, chunk_size=chunk_size, **options)
             return o, tail, state
-        log_decay, beta = (jnp.where(documents.real[..., None], a, 0) for a in (log_decay, beta))
+        log_decay, beta = (without_padding(a, documents) for a in (log_decay, beta))
         o, state = delta_rule_step(state, *(a[:, 0] for a in (q, k, v, log_decay, beta)))
         return o[:, None].astype(q.dtype), tail, state
 

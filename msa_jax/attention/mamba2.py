@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from msa_jax.attention.chunks import find_documents, refuse_split_sequence
+from msa_jax.attention.chunks import find_documents, refuse_split_sequence, without_padding
 from msa_jax.attention.mixer import MixerOutput, Mode
 from msa_jax.attention.projections import refuse_packed_cache
 from msa_jax.attention.short_convolution import ShortConvolution, short_convolution
@@ -135,19 +135,18 @@ class Mamba2(nnx.Module):
         state,
     ):
         """Convolutions, state space and skip: outputs, the convolutions' tails and the state."""
-        batch, num_tokens = x.shape[:2]
-        documents = find_documents(segment_ids, batch, num_tokens)
+        documents = find_documents(segment_ids)
         x, x_tail = short_convolution(x, x_kernel, x_bias, documents, x_tail)
         bc, bc_tail = short_convolution(bc, bc_kernel, bc_bias, documents, bc_tail)
-        x = jnp.where(documents.real[..., None, None], x, 0)
+        x = without_padding(x, documents)
         b, c = jnp.split(bc, 2, axis=-1)
         stepped = (step[..., None] * x).astype(x.dtype)
-        if state is None or num_tokens > 1:
+        if state is None or x.shape[1] > 1:
             options = {"segment_ids": segment_ids, "initial_state": state}
             chunk_size = self.config.mamba2.chunk_size
             y, state = state_space(stepped, b, c, log_decay, chunk_size=chunk_size, **options)
         else:
-            log_decay = jnp.where(documents.real[..., None], log_decay, 0)
+            log_decay = without_padding(log_decay, documents)
             y, state = state_space_step(state, *(a[:, 0] for a in (stepped, b, c, log_decay)))
             y = y[:, None].astype(x.dtype)
         return y + skip[:, None] * x, x_tail, bc_tail, state

@@ -1,13 +1,14 @@
 """The short causal convolution in front of the recurrent mixers, each channel by itself."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from msa_jax.attention.chunks import Documents, wide
+from msa_jax.attention.chunks import Documents, wide, without_padding
 from msa_jax.sharding import weight
 
 
@@ -54,7 +55,7 @@ def short_convolution(
     x: Float[Array, "B T *C"],
     kernel: Float[Array, "W *C"],
     bias: Float[Array, "*C"] | None,
-    documents: Documents,
+    documents: Documents | None,
     tail: Float[Array, "B W-1 *C"] | None = None,
 ) -> tuple[Float[Array, "B T *C"], Float[Array, "B W-1 *C"]]:
     """silu of a sum over each token and the W - 1 before it in its document.
@@ -63,26 +64,45 @@ def short_convolution(
       x: inputs.
       kernel: the newest token's weights last.
       bias: added to the sum.
-      documents: of the tokens.
+      documents: of the tokens; None for one document per row.
       tail: the last W - 1 inputs before these, of document 0; zeros by default.
 
     Returns:
       The outputs in x's dtype, and the inputs of the row's last W - 1 real tokens, for rows whose
       padding is all behind them.
     """
-    num_tokens, before = x.shape[1], kernel.shape[0] - 1
-    channels = (1,) * (x.ndim - 2)
-    real = documents.real.reshape(*x.shape[:2], *channels)
-    x = jnp.where(real, x, 0)
+    shape, num_tokens, before = x.shape, x.shape[1], kernel.shape[0] - 1
+    x = without_padding(x, documents)
     if tail is None:
-        tail = jnp.zeros((x.shape[0], before, *x.shape[2:]), x.dtype)
+        tail = jnp.zeros((shape[0], before, *shape[2:]), x.dtype)
     inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-    number = jnp.pad(documents.number, ((0, 0), (before, 0)))
-    number = number.reshape(*number.shape, *channels)
-    total = jnp.zeros(x.shape, wide(x)) if bias is None else bias.astype(wide(x))
-    for place, taps in enumerate(kernel.astype(wide(x))):
-        seen = slice(place, place + num_tokens)
-        own = number[:, seen] == number[:, before:]
-        total = total + jnp.where(own, inputs[:, seen], 0) * taps
-    last = jax.vmap(lambda row, count: jax.lax.dynamic_slice_in_dim(row, count, before))
-    return jax.nn.silu(total).astype(x.dtype), last(inputs, documents.real.sum(1))
+    tail, number = inputs[:, num_tokens:], None
+    if documents is not None:
+        last = jax.vmap(lambda row, count: jax.lax.dynamic_slice_in_dim(row, count, before))
+        tail = last(inputs, documents.real.sum(1))
+        number = jnp.pad(documents.number, ((0, 0), (before, 0)))[..., None]
+    # With one axis of channels: of two, XLA lays out gradients with the tokens last, by copies.
+    inputs = inputs.reshape(*inputs.shape[:2], -1)
+    kernel = kernel.reshape(len(kernel), -1).astype(wide(x))
+    total = jnp.zeros((), wide(x)) if bias is None else bias.reshape(-1).astype(wide(x))
+    for place, taps in enumerate(kernel):
+        seen = inputs[:, place : place + num_tokens]
+        if number is not None:
+            own = number[:, place : place + num_tokens] == number[:, before:]
+            seen = jnp.where(own, seen, 0)
+        total = total + seen * taps
+    total = _with_cotangent_in(total, x.dtype)
+    return jax.nn.silu(total).astype(x.dtype).reshape(shape), tail
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _with_cotangent_in(array: Array, dtype: jnp.dtype) -> Array:
+    """The array, whose cotangent is rounded to `dtype`, and read as such by all who need it."""
+    return array
+
+
+def _cotangent(dtype, _, cotangent):
+    return (jax.lax.optimization_barrier(cotangent.astype(dtype)).astype(cotangent.dtype),)
+
+
+_with_cotangent_in.defvjp(lambda array, dtype: (array, None), _cotangent)

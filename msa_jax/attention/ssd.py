@@ -10,20 +10,27 @@ Within a chunk this is attention without softmax, its scores c_i . b_j times the
 two tokens (state-space duality); between chunks only states are passed on.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from msa_jax.attention.chunks import (
     chunk_decays,
     find_documents,
-    join_heads,
-    pass_on,
+    join_chunks,
     product_in,
     split_chunks,
     split_heads,
     wide,
+    without_padding,
 )
+from pallas_kernels.residuals import OUTPUT
+
+# Chunks whose states follow from each other in one product.
+_GROUP = 128
 
 
 def state_space(
@@ -51,23 +58,15 @@ def state_space(
     Returns:
       The output in x's dtype, and the state behind the last token in float32 (float64 for float64).
     """
-    batch, num_tokens, heads, head_dim = x.shape
+    num_tokens = x.shape[1]
     size = min(chunk_size, num_tokens)
-    number, real = find_documents(segment_ids, batch, num_tokens)
-    accumulator = wide(x)
-    state = jnp.zeros((batch, heads, head_dim, b.shape[-1]), accumulator)
-    if initial_state is not None:
-        state = initial_state.astype(accumulator)
-    log_decay = split_heads(jnp.where(real[..., None], log_decay.astype(accumulator), 0), size)
-    number = split_chunks(number, size, mode="edge")
-    x = split_heads(jnp.where(real[..., None, None], x, 0), size)
+    documents = find_documents(segment_ids)
+    log_decay = split_heads(without_padding(log_decay.astype(wide(x)), documents), size)
+    x, c = (split_chunks(without_padding(a, documents), size) for a in (x, c))
     b = split_chunks(b, size)
-    c = split_chunks(jnp.where(real[..., None], c, 0), size)
-
-    written, whole = jax.checkpoint(_write)(x, b, log_decay, number)
-    states, state = pass_on(whole[..., None, None], written, state, jnp.multiply)
-    y = jax.checkpoint(_read)(x, b, c, states, log_decay, number)
-    return join_heads(y, num_tokens).astype(x.dtype), state
+    number = None if documents is None else split_chunks(documents.number, size, mode="edge")
+    y, state = _in_chunks(x, b, c, log_decay, number, initial_state)
+    return checkpoint_name(join_chunks(y, num_tokens), OUTPUT), state
 
 
 def state_space_step(
@@ -83,17 +82,63 @@ def state_space_step(
     return product_in(state.dtype)("bhpn,bn->bhp", state, c), state
 
 
-def _write(x, b, log_decay, number):
-    """What each chunk's tokens leave behind it, and the whole chunk's decay."""
+@partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(OUTPUT),
+    prevent_cse=False,
+)
+def _in_chunks(x, b, c, log_decay, number, state):
+    """Each token's output, and the state behind the last chunk; remade as in `delta_rule`."""
+    product = partial(product_in(x.dtype), out=x.dtype)
     decays = chunk_decays(log_decay, number)
-    decayed = decays.to_end[..., None] * x
-    return product_in(x.dtype)("nbhip,nbis->nbhps", decayed, b), decays.whole
+    to_end, from_start = (
+        jnp.swapaxes(a, 2, 3)[..., None] for a in (decays.to_end, decays.from_start)
+    )
+    per_head = x.shape[3:]
+    decayed = (to_end * x).reshape(*x.shape[:3], -1)
+    written = product("bnjx,bnjs->bnxs", decayed, b)
+    written = written.reshape(*x.shape[:2], *per_head, -1)
+    number = None if number is None else number[..., -1]
+    states, state = _pass_on(log_decay.sum(-1), written, number, state)
+    states = states.reshape(*x.shape[:2], -1, states.shape[-1])
+    earlier = from_start * product("bnis,bnxs->bnix", c, states).reshape(x.shape)
+    scores = decays.between * product("bnis,bnjs->bnij", c, b, out=wide(x))[:, :, None]
+    y = product("bnhij,bnhjp->bnhip", scores, jnp.swapaxes(x, 2, 3))
+    return (jnp.swapaxes(y, 2, 3) + earlier).astype(x.dtype), state
 
 
-def _read(x, b, c, states, log_decay, number):
-    """Each token's output: from the state before its chunk, and from the chunk's own tokens."""
-    product = product_in(x.dtype)
-    decays = chunk_decays(log_decay, number)
-    scores = decays.between * product("nbis,nbjs->nbij", c, b)[:, :, None]
-    earlier = decays.from_start[..., None] * product("nbis,nbhps->nbhip", c, states)
-    return earlier + product("nbhij,nbhjp->nbhip", scores, x)
+def _pass_on(log_decay, written, number, state):
+    """The state before each chunk [B, N, H, P, S], and the one behind the last.
+
+    A sum over all chunks before, as over the tokens of a chunk: groups of chunks are to chunks what
+    chunks are to tokens, and the states between groups follow in the same way.
+
+    Args:
+      log_decay: of each chunk [B, N, H].
+      written: what each chunk leaves in the state [B, N, H, P, S].
+      number: of the document at each chunk's end [B, N]; None if there is one.
+      state: before the first chunk [B, H, P, S]; None for 0.
+    """
+    product = product_in(written.dtype)
+    num_chunks = written.shape[1]
+    size = min(num_chunks, _GROUP)
+    log_decay = jnp.swapaxes(split_chunks(log_decay, size), 2, 3)
+    number = None if number is None else split_chunks(number, size, mode="edge")
+    written = checkpoint_name(jnp.swapaxes(split_chunks(written, size), 2, 3), OUTPUT)
+    decays = chunk_decays(log_decay, number, long=True)
+    earlier = jnp.pad(decays.between, [(0, 0)] * 3 + [(1, 0), (0, 0)])[..., :-1, :]
+    shape, flat = written.shape, written.reshape(*written.shape[:4], -1)
+    states = product("bghij,bghjx->bghix", earlier, flat, out=written.dtype).reshape(shape)
+    states = jnp.swapaxes(states, 2, 3)
+    last = product("bghj,bghjx->bghx", decays.to_end, flat).reshape(*shape[:3], *shape[4:])
+    if last.shape[1] > 1:
+        number = None if number is None else number[..., -1]
+        before, last = _pass_on(log_decay.sum(-1), last, number, state)
+    else:
+        before, last = state, last[:, 0]
+        if state is not None:
+            last, before = decays.whole[:, 0, :, None, None] * state + last, state[:, None]
+    if before is not None:
+        since = jnp.pad(decays.from_start, [(0, 0)] * 3 + [(1, 0)], constant_values=1)[..., :-1]
+        states = states + jnp.swapaxes(since, 2, 3)[..., None, None] * before[:, :, None]
+    return join_chunks(states, num_chunks), last

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msa_jax.attention.chunks import product_in
 from msa_jax.attention.delta_rule import delta_rule, delta_rule_step, inverse_of_unit_lower
 from msa_jax.attention.ssd import state_space, state_space_step
+from pallas_kernels.residuals import OUTPUT
 
 BATCH, LENGTH, HEADS, ROWS, COLUMNS = 2, 21, 2, 4, 3
 # Documents of row 0 and row 1 with padding behind them; the first finds the initial state.
@@ -134,6 +136,25 @@ def test_values_and_gradients_are_the_definitions(recurrence, float64):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_states_pass_between_groups_of_chunks(recurrence, float64, monkeypatch):
+    """Eleven chunks in groups of two, groups of groups, and so on; the last of each is not full."""
+    chunked, _, token, make_inputs, per_head = recurrence
+    for module in ("delta_rule", "ssd"):
+        monkeypatch.setattr(f"msa_jax.attention.{module}._GROUP", 2)
+    rng = np.random.default_rng(4)
+    arrays = tuple(jnp.asarray(a) for a in make_inputs(rng))
+    state = jnp.asarray(rng.normal(size=(BATCH, HEADS, ROWS, COLUMNS)))
+    expected = weighted(functools.partial(oracle, token, per_head))(arrays, state)
+
+    def run(arrays, state):
+        options = {"initial_state": state, "chunk_size": 2}
+        return chunked(*arrays, segment_ids=jnp.asarray(segments()), **options)
+
+    actual = weighted(run)(arrays, state)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_steps_are_the_definition(recurrence, float64):
     _, step, token, make_inputs, per_head = recurrence
     rng = np.random.default_rng(1)
@@ -166,6 +187,19 @@ def test_decays_that_vanish_give_no_nan(recurrence):
     np.testing.assert_allclose(o[:, 3:6], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_chunks_that_forget_much_blur_no_later_ones(recurrence):
+    """In float32, whose sum of all their log decays would have no digit behind the point."""
+    chunked, _, _, make_inputs, _ = recurrence
+    arrays = [jnp.asarray(a, jnp.float32) for a in make_inputs(np.random.default_rng(6))]
+    gate = 3 if chunked is delta_rule else -1
+    arrays[gate] = jnp.full_like(arrays[gate], -0.1)
+    run = jax.jit(functools.partial(chunked, chunk_size=1))
+    alone = run(*(a[:, 9:] for a in arrays))
+    arrays[gate] = arrays[gate].at[:, :10].set(-1e7)
+    for a, b in zip(run(*arrays), alone, strict=True):
+        np.testing.assert_allclose(a[:, -12:], b[:, -12:], rtol=1e-4, atol=1e-5)
+
+
 def test_the_inverse_is_exact_where_powers_would_overflow_its_precision():
     """All entries 1: the powers of L reach 1e18, the inverse has 1 and -1."""
     lower = jnp.tril(jnp.ones((64, 64), jnp.float32), -1)
@@ -182,3 +216,32 @@ def test_memory_is_linear_in_the_length(recurrence):
     gradient = jax.jit(jax.grad(lambda arrays: chunked(*arrays, chunk_size=8)[0].sum()))
     memory = gradient.lower(shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < length**2 * 4 / 2
+
+
+def test_products_of_the_backward_pass_are_as_narrow_as_their_operands():
+    """A float32 cotangent of bfloat16 operands would take them off a GPU's tensor cores."""
+    a, b = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((2, 4, 5), jnp.float32)
+    product = product_in(a.dtype)
+    gradient = jax.jit(jax.grad(lambda a, b: product("bij,bjk->bik", a, b).sum(), (0, 1)))
+    assert [g.dtype for g in gradient(a, b)] == [jnp.bfloat16, jnp.float32]
+    lines = gradient.lower(a, b).as_text().splitlines()
+    products = [line.split(" : ")[1] for line in lines if "dot_general" in line]
+    assert len(products) == 2
+    for types in products:
+        assert types.split("->")[0].count("bf16") == 2
+
+
+def test_a_layer_that_keeps_what_is_named_computes_no_product_again(recurrence):
+    """But those that the recurrence itself would do again, in a layer that keeps everything."""
+    chunked, _, _, make_inputs, _ = recurrence
+    arrays = [jnp.asarray(a, jnp.float32) for a in make_inputs(np.random.default_rng(5))]
+
+    def layer(*arrays):
+        return (chunked(*arrays, chunk_size=4)[0] ** 2).sum()
+
+    def products(layer):
+        gradient = jax.jit(jax.value_and_grad(layer, range(len(arrays))))
+        return gradient.lower(*arrays).as_text().count("dot_general")
+
+    keeping = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(OUTPUT))
+    assert products(keeping) == products(layer) < products(jax.checkpoint(layer))
