@@ -25,6 +25,8 @@ class StepClock:
         self._config = config
         self._devices = devices
         self._compiled: set[tuple[Phase, int]] = set()
+        self._began: collections.deque[float] = collections.deque()
+        self._ended = 0.0
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._steps = 0
         self._tokens = 0
@@ -36,21 +38,27 @@ class StepClock:
         yield
         self._seconds[name] += time.perf_counter() - start
 
-    def add_step(self, phase: Phase, length: int, seconds: float, tokens: int) -> float | None:
-        """Counts one step.
+    def begin_step(self) -> None:
+        """Notes that a step is about to be started; the ones before may run still."""
+        self._began.append(time.perf_counter())
 
-        The first step of a phase and length goes to `clock/compile_seconds`, which so holds one
-        step besides.
+    def add_step(self, phase: Phase, length: int, tokens: int) -> float | None:
+        """Counts the earliest step that was begun and is over now.
+
+        It took the time since it was begun, or since the step before was over if that is less. The
+        first step of a phase and length goes to `clock/compile_seconds`, which so holds one step
+        besides.
 
         Args:
           phase: of the step.
           length: tokens per row.
-          seconds: it took.
           tokens: real ones, no padding, in its batch.
 
         Returns:
           Tokens per second; None for a first step.
         """
+        began, self._ended = max(self._began.popleft(), self._ended), time.perf_counter()
+        seconds = self._ended - began
         if (phase, length) not in self._compiled:
             self._compiled.add((phase, length))
             self._seconds["compile"] += seconds

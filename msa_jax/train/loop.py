@@ -10,7 +10,8 @@ A run lives in its work directory:
 | `nan_step_N/` | after a step that was not finite: the state before it, its batch, a message |
 | `profile/` | the profiler window |
 
-Steps count from 1: a record or a checkpoint of step N is of N finished optimizer steps.
+Steps count from 1: a record or a checkpoint of step N is of N finished optimizer steps. A step is
+started before the metrics of the last one are read, so that the devices do not wait for the host.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ import os
 import pathlib
 import shutil
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from msa_jax.config import require
 from msa_jax.cost import Phase
@@ -44,7 +45,9 @@ from msa_jax.train.metrics import MetricWriter
 from msa_jax.train.profiler import ProfilerWindow
 from msa_jax.train.progress import NoProgress, Progress
 from msa_jax.train.state import TrainState, abstract_state, create_state
-from msa_jax.train.step import make_train_step
+from msa_jax.train.step import Metrics, make_train_step
+
+type Evaluate = Callable[[TrainState, Phase], dict[str, Any]]
 
 
 class NonFiniteError(FloatingPointError):
@@ -121,7 +124,8 @@ def train(
             ProfilerWindow(config.train, workdir) as profiler,
             Interruption() as interruption,
         ):
-            run = _Run(config, workdir, mesh, checkpointer, writer, profiler, progress)
+            clock = StepClock(config, list(mesh.devices.flat))
+            run = _Run(config, workdir, mesh, checkpointer, writer, profiler, progress, clock)
             return run.steps(state, data, start or 0, interruption)
 
 
@@ -136,6 +140,7 @@ class _Run:
     writer: MetricWriter
     profiler: ProfilerWindow
     progress: Progress
+    clock: StepClock
 
     def steps(
         self, state: TrainState, data: TrainIterator, start: int, interruption: Interruption
@@ -145,43 +150,69 @@ class _Run:
         if start >= last:
             self.progress.message(f"nothing to do: train.steps={last} are done")
             return TrainResult(state, start, None)
-        clock = StepClock(config, list(self.mesh.devices.flat))
         train_step, evaluate = make_train_step(config), self._make_evaluator()
         position, batch = data.get_state(), next(data)
         validate_batch(batch, config.attention.block_size)  # what no compiled step could notice
+        go = jax.device_put(True, NamedSharding(self.mesh, PartitionSpec()))
+        running: _Step | None = None
         for step in range(start + 1, last + 1):
-            self.profiler.before_step(step)
             phase, length = phase_of(config, step), length_of(config, step)
-            began = time.perf_counter()
+            if running and (self.profiler.turns_before(step) or running.program != (phase, length)):
+                self._finish(running, state)
+                running = None
+            self.profiler.before_step(step)
+            self.clock.begin_step()
             placed = place_batch(cut_rows(batch, length), self.mesh)
-            state, metrics = train_step(state, placed, phase)
-            with clock.measure("data"):  # while the devices work
-                next_position, next_batch = data.get_state(), next(data)
-            values = jax.device_get(metrics)
-            if not values.pop("finite"):
-                self.writer.write(step, "train", values)
-                raise NonFiniteError(self._dump(step, phase, state, batch, position, values))
-            rate = clock.add_step(phase, length, time.perf_counter() - began, int(values["tokens"]))
-            self.progress.update(step, phase=phase, loss=float(values["loss"]), rate=rate)
-
-            if _due(step, config.train.log_every, last):
-                values |= {"sparse": int(phase == "sparse"), **clock.take(phase, length)}
-                self.writer.write(step, "train", values)
-            if _due(step, config.train.eval_every, last):
-                with clock.measure("evaluation"):
-                    record = evaluate(state, phase)
-                self.writer.write(step, "validation", record)
-                self.progress.message(f"step {step}: validation loss {record['loss']:.4f}")
-            if _due(step, config.train.checkpoint_every, last) or interruption.signal:
-                with clock.measure("checkpoint"):
-                    self.checkpointer.save(step, state, next_position, config)
+            proceed = running.metrics["finite"] if running else go
+            state, metrics = train_step(state, placed, phase, proceed)
+            before, running = running, _Step(step, (phase, length), batch, position, metrics)
+            with self.clock.measure("data"):  # while the devices work
+                position, batch = data.get_state(), next(data)
+            if before:
+                self._finish(before, state)
+            evaluates = _due(step, config.train.eval_every, last)
+            saves = _due(step, config.train.checkpoint_every, last) or interruption.signal
+            if evaluates or saves:
+                self._finish(running, state)
+                running = None
+            if evaluates:
+                self._evaluate(evaluate, step, state, phase)
+            if saves:
+                with self.clock.measure("checkpoint"):
+                    self.checkpointer.save(step, state, position, config)
                 if interruption.signal and step < last:
                     self.progress.message(f"{interruption.signal.name}: saved step {step}")
                     return TrainResult(state, step, interruption.signal)
-            position, batch = next_position, next_batch
         return TrainResult(state, last, None)
 
-    def _make_evaluator(self) -> Callable[[TrainState, Phase], dict[str, Any]]:
+    def _finish(self, done: "_Step", state: TrainState) -> None:
+        """Waits for a step, and writes down what it says.
+
+        Args:
+          done: the step; the one after it may run already.
+          state: behind all steps that were started.
+
+        Raises:
+          NonFiniteError: it was not finite. What was started after it has changed nothing.
+        """
+        step, (phase, length) = done.step, done.program
+        values = jax.device_get(done.metrics)
+        if not values.pop("finite"):
+            self.writer.write(step, "train", values)
+            raise NonFiniteError(self._dump(done, state, values))
+        rate = self.clock.add_step(phase, length, int(values["tokens"]))
+        self.progress.update(step, phase=phase, loss=float(values["loss"]), rate=rate)
+        if _due(step, self.config.train.log_every, self.config.train.steps):
+            values |= {"sparse": int(phase == "sparse"), **self.clock.take(phase, length)}
+            self.writer.write(step, "train", values)
+
+    def _evaluate(self, evaluate: Evaluate, step: int, state: TrainState, phase: Phase) -> None:
+        with self.clock.measure("evaluation"):
+            record = evaluate(state, phase)
+        self.writer.write(step, "validation", record)
+        self.progress.message(f"step {step}: validation loss {record['loss']:.4f}")
+
+    def _make_evaluator(self) -> Evaluate:
         data = self.config.data
         block_size, count = self.config.attention.block_size, self.config.train.eval_batches
         batches = list(validation_batches(data, block_size=block_size, num_batches=count))
@@ -189,28 +220,22 @@ class _Run:
         require(bool(batches), "data.validation_fraction", data.validation_fraction, mend)
         return make_evaluator(self.config, batches, self.mesh)
 
-    def _dump(
-        self,
-        step: int,
-        phase: Phase,
-        state: TrainState,
-        batch: Batch,
-        position: Mapping[str, Any],
-        values: Mapping[str, np.ndarray],
-    ) -> str:
+    def _dump(self, failed: "_Step", state: TrainState, values: Mapping[str, np.ndarray]) -> str:
         """Writes what a step that was not finite started from; returns what there is to say.
 
         The directory is a work directory of its own: training in it repeats the step.
         """
-        directory = self.workdir / f"nan_step_{step}"
+        directory = self.workdir / f"nan_step_{failed.step}"
         shutil.rmtree(directory, ignore_errors=True)
-        before = dataclasses.replace(state, step=state.step - 1)
+        started = int(state.step) - failed.step + 1
+        before = dataclasses.replace(state, step=state.step - started)
         with Checkpointer(directory) as checkpointer:
-            checkpointer.save(step - 1, before, position, self.config)
-        np.savez(directory / "batch.npz", allow_pickle=False, **batch)
+            checkpointer.save(failed.step - 1, before, failed.position, self.config)
+        np.savez(directory / "batch.npz", allow_pickle=False, **failed.batch)
         culprits = [name for name, value in values.items() if not np.isfinite(value).all()]
         message = (
-            f"step {step} ({phase}) is not finite: loss {values['loss']:.6g}, gradient norm "
+            f"step {failed.step} ({failed.program[0]}) is not finite: loss "
+            f"{values['loss']:.6g}, gradient norm "
             f"{values['gradient_norm']:.6g}, learning rate {values['learning_rate']:.3g}; NaN or "
             f"infinite: {', '.join(culprits)}. {directory} has the state before it and its batch; "
             f"to stop in the operation that fails, repeat the command with --workdir={directory} "
@@ -218,6 +243,24 @@ class _Run:
         )
         (directory / "message.txt").write_text(f"{message}\n")
         return message
+
+
+class _Step(NamedTuple):
+    """A step that the devices were given.
+
+    Attributes:
+      step: its number.
+      program: its phase and its tokens per row, which are all that compiled steps differ in.
+      batch: as it came, in rows of full length.
+      position: of the data before the batch.
+      metrics: on the devices, ready when the step is.
+    """
+
+    step: int
+    program: tuple[Phase, int]
+    batch: Batch
+    position: Mapping[str, Any]
+    metrics: Metrics
 
 
 def phase_of(config: ExperimentConfig, step: int) -> Phase:

@@ -29,13 +29,17 @@ class ProfilerWindow:
             jax.profiler.stop_trace()
             self._tracing = False
 
+    def turns_before(self, step: int) -> bool:
+        """Whether `before_step` will start or stop the trace: no step should run meanwhile."""
+        return (step in self._steps) != self._tracing
+
     def before_step(self, step: int) -> None:
         """Starts or stops the trace; call before every step.
 
         Args:
           step: the one about to run, counted from 1.
         """
-        if (step in self._steps) == self._tracing:
+        if not self.turns_before(step):
             return
         if self._tracing:
             jax.profiler.stop_trace()

@@ -28,8 +28,8 @@ _MEANS = ("index_kl", "router_entropy", "balance_loss")
 
 def make_train_step(
     config: ExperimentConfig,
-) -> Callable[[TrainState, Batch, Phase], tuple[TrainState, Metrics]]:
-    """The jitted `(state, batch, phase) -> (state, metrics)`; `phase` as of `Mode`.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted `(state, batch, phase, proceed=True) -> (state, metrics)`; `phase` as of `Mode`.
 
     Gradients of `optimizer.accumulation_steps` micro-batches add up to those of the whole batch:
     every mean is over the whole batch's tokens. (The softmax router's balance loss is the
@@ -37,7 +37,8 @@ def make_train_step(
 
     A step whose loss or gradient is not finite leaves the state as it was, but for the step
     counter, and says so in `metrics["finite"]`, so that the state which failed can be looked at.
-    The old state's memory is reused: it cannot be read again.
+    So does one that is not to proceed: given the step before's `finite` as `proceed`, it may be
+    started before anybody has read that. The old state's memory is reused: it cannot be read again.
     """
     graph = model_graph(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -59,7 +60,9 @@ def make_train_step(
         return total + config.moe.balance_weight * balance, metrics
 
     @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, phase: Phase, proceed: bool | Array = True
+    ) -> tuple[TrainState, Metrics]:
         mode = Mode(phase=phase, losses=True)
         totals = {name: jnp.maximum(count, 1) for name, count in _counts(batch).items()}
 
@@ -82,7 +85,8 @@ def make_train_step(
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
         metrics["tokens"] = totals["queries"]
-        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        metrics["finite"] = finite & proceed
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         new = TrainState(

@@ -80,7 +80,10 @@ def compile_once():
 
 
 class Hook:
-    """A progress that does something once a step is done, before it is logged and saved."""
+    """A progress that does something once a step is read, before it is logged and saved.
+
+    The next step runs already then, unless it is another program.
+    """
 
     def __init__(self, step: int = 0, action=lambda: None):
         self.step, self.action = step, action
@@ -169,9 +172,39 @@ def test_clock_fields_are_there(whole):
     }
 
 
+def test_a_step_is_started_before_the_last_one_is_read(tmp_path, monkeypatch):
+    """But not before an evaluation (after step 4 here), or for a program that is to be compiled."""
+    events, make = [], loop.make_train_step
+
+    def make_noted(config):
+        real = make(config)
+
+        def train_step(state, *arguments):
+            events.append(f"start {int(state.step) + 1}")
+            return real(state, *arguments)
+
+        return train_step
+
+    class Reader(Hook):
+        def update(self, step, **values):
+            events.append(f"read {step}")
+
+    monkeypatch.setattr(loop, "make_train_step", make_noted)
+    run(tmp_path, with_train(steps=6, eval_every=4, checkpoint_every=0), Reader())
+    assert events == [
+        *("start 1", "start 2", "read 1", "start 3", "read 2", "read 3"),  # the warm-up
+        *("start 4", "read 4", "start 5", "start 6", "read 5", "read 6"),
+    ]
+
+
+def test_each_phase_is_compiled_once(whole):
+    """However a step learns whether it is to proceed."""
+    assert loop.make_train_step(CONFIG)._cache_size() == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, whole, number):
-    hook = Hook(3, lambda: signal.raise_signal(number))
+    hook = Hook(2, lambda: signal.raise_signal(number))
     stopped = run(tmp_path, hook=hook)
     assert (stopped.step, stopped.interrupted) == (3, number)
     assert hook.phases == ["warmup"] * 3
@@ -219,11 +252,11 @@ def poisoned(step: int):
     def make_poisoned(config):
         real = make(config)
 
-        def train_step(state, batch, phase):
+        def train_step(state, *arguments):
             if state.step == step - 1:
                 params = jax.tree.map(lambda x: x * jnp.nan, state.params)
                 state = dataclasses.replace(state, params=params)
-            return real(state, batch, phase)
+            return real(state, *arguments)
 
         return train_step
 
@@ -266,11 +299,11 @@ def test_the_state_before_a_step_that_is_not_finite_is_the_one_kept(tmp_path, wh
     def make_faulty(config):
         real = make(config)
 
-        def train_step(state, batch, phase):
+        def train_step(state, *arguments):
             if state.step != 5:
-                return real(state, batch, phase)
+                return real(state, *arguments)
             kept = jax.tree.map(jnp.copy, state)
-            _, metrics = real(state, batch, phase)
+            _, metrics = real(state, *arguments)
             metrics |= {"loss": jnp.float32(jnp.inf), "finite": jnp.array(False)}
             return dataclasses.replace(kept, step=kept.step + 1), metrics
 
@@ -366,7 +399,7 @@ def test_the_first_steps_may_have_short_rows(tmp_path, monkeypatch):
     assert [length_of(config, step) for step in (1, 3, 4)] == [24, 24, 96]
     run(tmp_path / "whole", config)
     assert shapes == [(8, 24)] * 3 + [(2, 96)] * 5
-    hook = Hook(2, lambda: signal.raise_signal(signal.SIGTERM))
+    hook = Hook(1, lambda: signal.raise_signal(signal.SIGTERM))
     assert run(tmp_path / "halves", config, hook).step == 2
     shapes.clear()
     run(tmp_path / "halves", config)
