@@ -3,7 +3,7 @@
     python -m experiments.sweep --sweep=configs/sweeps/alignment.py --workdir=runs/sweeps/alignment
 
 A grid of nine: lambda by steps of dense warm-up. The base is the comparison's MSA model, whose rows
-are as short as its budget up to step 1,200, where sparse attention is dense: so the index learns
+are as short as its budget up to step 2,400, where sparse attention is dense: so the index learns
 densely over long rows for none, 300 or 900 steps.
 
 Hardware: made for one GPU of 80 GB; no GPU has run it.
@@ -19,7 +19,7 @@ def get_sweep() -> Sweep:
         config="configs/comparison.py",
         parameters=(
             Choice("objective.kl_weight", (0.1, 1.0, 10.0)),
-            Choice("objective.index_warmup_steps", (1200, 1500, 2100)),
+            Choice("objective.index_warmup_steps", (2400, 2700, 3300)),
         ),
         objectives=(
             Objective("validation_loss", "minimize"),
