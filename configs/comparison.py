@@ -19,7 +19,7 @@ Longformer and BigBird have MSA's 16 blocks, one of them a sink, and BigBird fiv
 Hardware: one GPU of 80 GB. Peaks of 2.7 GB (GQA) to 4.4 (MSA): several runs share it.
 Expected result: not measured yet. With 1,200 instead of 2,400 steps on short rows, 3,000 in all and
 without the task `repetition`, validation losses of two seeds were 0.56 and 0.67 with MSA, 0.60 and
-0.57 with GQA; they differ most by the step at which a model learns to copy (docs/results.md).
+0.57 with GQA; one of the two MSA models answers no needle (docs/results.md).
 """
 
 import dataclasses

@@ -85,7 +85,7 @@ def retrieval_example(
         of one key; "multi_query": several keys, half of them asked; "variable_tracking": the
         variables of a chain of assignments; "question_answering": facts about people, of which one
         or two are needed; "common_words", "frequent_words": of a list of words;
-        "repetition": codes, and all of them again;
+        "repetition": symbols at random, and all of them again;
         "associative_recall": the value of a key (`msa_jax.data.associative_recall`);
         "many_needles": needles with a name each, and the questions about them, all along the text,
         so that a document asks often and at many distances; "mixture": any of these, drawn

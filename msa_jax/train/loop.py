@@ -37,7 +37,7 @@ from msa_jax.sharding import RULES, axis_names, make_mesh, place_batch
 from msa_jax.train.checkpoint import Checkpointer
 from msa_jax.train.clock import StepClock
 from msa_jax.train.config import ExperimentConfig
-from msa_jax.train.evaluation import make_evaluator
+from msa_jax.train.evaluation import Record, make_evaluator
 from msa_jax.train.initialize import initialize_from
 from msa_jax.train.interrupt import Interruption
 from msa_jax.train.manifest import write_manifest
@@ -47,7 +47,7 @@ from msa_jax.train.progress import NoProgress, Progress
 from msa_jax.train.state import TrainState, abstract_state, create_state
 from msa_jax.train.step import Metrics, make_train_step
 
-type Evaluate = Callable[[TrainState, Phase], dict[str, Any]]
+type Evaluate = Callable[[TrainState, Phase], Record]
 
 
 class NonFiniteError(FloatingPointError):
