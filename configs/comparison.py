@@ -9,17 +9,18 @@ Command, for one of msa, gqa, mha, sliding_window, longformer, bigbird, mla, lin
 and for a second seed --config.train.seed=1 --config.data.seed=1. All see the same rows in the same
 order, half of them Python sources and half synthetic retrieval documents, so that needles and the
 tasks of `experiments.evaluate` are in reach of a model this small. Two more choices are there for
-that: many short steps, on rows of 1K first, and a RoPE base that leaves fast rotations among 16, as
-heads that look one token back need them.
+that: many short steps, on rows of 1K first, and a RoPE base that leaves fast rotations in a head,
+as heads that look one token back need them.
 
 Sizes are matched by `msa_jax.matching`: every feed-forward is as wide as it takes for MSA's number
 of parameters. Sliding window attention then gets as many tokens as cost MSA's training FLOPs;
 Longformer and BigBird have MSA's 16 blocks, one of them a sink, and BigBird five drawn ones.
 
+`configs/comparison.py:cpt` is MSA by continued pretraining (MSA-CPT): 500 steps from the GQA model
+of seed 0, which `configs/sweeps` starts from too.
+
 Hardware: one GPU of 80 GB. Peaks of 2.7 GB (GQA) to 4.4 (MSA): several runs share it.
-Expected result: not measured yet. With 1,200 instead of 2,400 steps on short rows, 3,000 in all and
-without the task `repetition`, validation losses of two seeds were 0.56 and 0.67 with MSA, 0.60 and
-0.57 with GQA; one of the two MSA models answers no needle (docs/results.md).
+Expected result: docs/results.md.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The run's configuration; `arg` names the mixer, "" is MSA."""
+    """The run's configuration; `arg` names the mixer, "" is MSA, "cpt" MSA from the GQA model."""
     config = ExperimentConfig(
         model=ModelConfig(
             vocab_size=ByteTokenizer.vocab_size,
@@ -70,7 +71,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             num_heads=8,
             num_kv_heads=2,
             head_dim=64,
-            rope_dim=32,
+            rope_dim=64,
             rope_theta=1e4,
             block_size=64,
             top_k=16,  # an eighth of the context
@@ -82,16 +83,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             sequence_length=_LENGTH,
             join_documents=True,
             warmup_length=1024,
-            length_warmup_steps=2400,
+            length_warmup_steps=2000,
             batch_size=2,
             retrieval_task="mixture",
             retrieval_share=0.5,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, decay_fraction=0.3),
-        objective=ObjectiveConfig(index_warmup_steps=2700),
-        # 16,384 tokens a step, 69M in all.
+        objective=ObjectiveConfig(index_warmup_steps=2300),
+        # 16,384 tokens a step, 56M in all.
         train=TrainConfig(
-            steps=4200,
+            steps=3400,
             log_every=20,
             eval_every=1000,
             eval_batches=16,
@@ -100,10 +101,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             prefetch_batches=64,  # those of a pool of rows
         ),
     )
-    if arg not in ("", *_FIELDS):
+    if arg not in ("", "cpt", *_FIELDS):
         raise ConfigError(
-            f"config argument {arg!r}: use no argument for MSA, or one of {', '.join(_FIELDS)}"
+            f"config argument {arg!r}: use no argument for MSA, or one of {', '.join(_FIELDS)}, cpt"
         )
+    if arg == "cpt":
+        return to_config_dict(_continued(_matched(config, "gqa")))
     return to_config_dict(_matched(config, arg) if arg else config)
 
 
@@ -115,3 +118,22 @@ def _matched(msa: ExperimentConfig, kind: str) -> ExperimentConfig:
     if kind == "sliding_window":
         config = match(config, msa, by="flops", length=_LENGTH, field="attention.window").config
     return config
+
+
+def _continued(gqa: ExperimentConfig) -> ExperimentConfig:
+    """MSA from the trained GQA model, on rows that it has not seen."""
+    return dataclasses.replace(
+        gqa,
+        attention=dataclasses.replace(gqa.attention, kind="msa"),
+        data=dataclasses.replace(gqa.data, length_warmup_steps=0, seed=2),
+        optimizer=dataclasses.replace(gqa.optimizer, learning_rate=5e-4, warmup_steps=50),
+        objective=ObjectiveConfig(index_warmup_steps=150),
+        train=dataclasses.replace(
+            gqa.train,
+            steps=500,
+            eval_every=0,
+            checkpoint_every=250,
+            keep_checkpoints=1,
+            init_from="runs/comparison/gqa_0",
+        ),
+    )

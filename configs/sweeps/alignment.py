@@ -2,12 +2,11 @@
 
     python -m experiments.sweep --sweep=configs/sweeps/alignment.py --workdir=runs/sweeps/alignment
 
-A grid of nine: lambda by steps of dense warm-up. The base is the comparison's MSA model, whose rows
-are as short as its budget up to step 2,400, where sparse attention is dense: so the index learns
-densely over long rows for none, 300 or 900 steps.
+A grid of nine: lambda by steps of dense warm-up. Each is 500 steps of continued pretraining at 8K
+tokens from the comparison's GQA model, `runs/comparison/gqa_0`, which must have been trained.
 
-Hardware: made for one GPU of 80 GB; no GPU has run it.
-Expected result: not measured yet.
+Hardware: one GPU of 80 GB.
+Expected result: docs/results.md.
 """
 
 from msa_jax.train.sweep import Choice, Objective, Sweep
@@ -16,10 +15,10 @@ from msa_jax.train.sweep import Choice, Objective, Sweep
 def get_sweep() -> Sweep:
     """The sweep."""
     return Sweep(
-        config="configs/comparison.py",
+        config="configs/comparison.py:cpt",
         parameters=(
             Choice("objective.kl_weight", (0.1, 1.0, 10.0)),
-            Choice("objective.index_warmup_steps", (2400, 2700, 3300)),
+            Choice("objective.index_warmup_steps", (0, 50, 300)),
         ),
         objectives=(
             Objective("validation_loss", "minimize"),

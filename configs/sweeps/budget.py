@@ -3,10 +3,11 @@
     python -m experiments.sweep --sweep=configs/sweeps/budget.py --workdir=runs/sweeps/budget
 
 A grid of eight: on its diagonals the budget K Bk stays the same (512, 1024, 2048), along its rows
-and columns it doubles. The base is the comparison's MSA model at 8K tokens.
+and columns it doubles. Each is 500 steps of continued pretraining at 8K tokens from the
+comparison's GQA model, `runs/comparison/gqa_0`, which must have been trained.
 
-Hardware: made for one GPU of 80 GB; no GPU has run it.
-Expected result: not measured yet.
+Hardware: one GPU of 80 GB.
+Expected result: docs/results.md.
 """
 
 from msa_jax.train.sweep import Choice, Objective, Sweep
@@ -15,7 +16,7 @@ from msa_jax.train.sweep import Choice, Objective, Sweep
 def get_sweep() -> Sweep:
     """The sweep."""
     return Sweep(
-        config="configs/comparison.py",
+        config="configs/comparison.py:cpt",
         parameters=(
             Choice("attention.top_k", (4, 8, 16, 32)),
             Choice("attention.block_size", (64, 128)),

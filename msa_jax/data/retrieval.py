@@ -15,11 +15,11 @@ import numpy as np
 from msa_jax.data.associative_recall import VALUES, Split, recall_example, shortest_recall
 from msa_jax.data.haystack import Haystack, filler_haystack
 from msa_jax.data.retrieval_tasks import (
-    LIST_TASKS,
     LONGEST_PAIR,
     MAX_KEYS,
     NEEDLE_TASKS,
     NUM_WRONG,
+    WORD_TASKS,
     draw_pairs,
     wrong_codes,
 )
@@ -27,7 +27,7 @@ from msa_jax.train.config import RetrievalTask
 
 TASKS: tuple[RetrievalTask, ...] = (
     *NEEDLE_TASKS,
-    *LIST_TASKS,
+    *WORD_TASKS,
     "associative_recall",
     "many_needles",
 )
@@ -85,7 +85,6 @@ def retrieval_example(
         of one key; "multi_query": several keys, half of them asked; "variable_tracking": the
         variables of a chain of assignments; "question_answering": facts about people, of which one
         or two are needed; "common_words", "frequent_words": of a list of words;
-        "repetition": symbols at random, and all of them again;
         "associative_recall": the value of a key (`msa_jax.data.associative_recall`);
         "many_needles": needles with a name each, and the questions about them, all along the text,
         so that a document asks often and at many distances; "mixture": any of these, drawn
@@ -114,7 +113,7 @@ def retrieval_example(
     task = task_of(task, seed=seed, index=index, split=split)
     if task == "associative_recall":
         return _recall(length, seed, index, split)
-    if task in LIST_TASKS:
+    if task in WORD_TASKS:
         return _list_words(task, length, place, measure)
     haystack = haystack or filler_haystack(measure)
     if task == "many_needles":
@@ -146,8 +145,8 @@ def _shortest(task: RetrievalTask, num_keys: int) -> int:
     lengths = []
     for seed in range(16):  # a task may ask in several ways
         rng, spare = np.random.default_rng(seed), np.random.default_rng(seed)
-        if task in LIST_TASKS:
-            count, draw = LIST_TASKS[task]
+        if task in WORD_TASKS:
+            count, draw = WORD_TASKS[task]
             words = draw(count, rng, spare)
             context, question, answers = " ".join(words.words), words.question, words.answers
         else:
@@ -251,7 +250,7 @@ def _ask_often(length, depth, place, measure, haystack) -> RetrievalExample:
 
 def _list_words(task, length, place, measure) -> RetrievalExample:
     """As many words as `length` holds."""
-    fewest, draw = LIST_TASKS[task]
+    fewest, draw = WORD_TASKS[task]
 
     def make(count: int) -> RetrievalExample:
         rng, spare = _generators(place)

@@ -193,29 +193,13 @@ def _frequent_words(count: int, rng: np.random.Generator, spare: np.random.Gener
     return WordDraw(tuple(listed), question, words[:3], wrong)
 
 
-def _repetition(count: int, rng: np.random.Generator, spare: np.random.Generator) -> WordDraw:
-    """Letters and digits at random, and all of them again; which are the last ones?
-
-    With so many symbols the one before tells most of what follows, as long as a text is short: what
-    a model has to learn first. Longer ones need more of them.
-    """
-    source = _endless_strings(rng)
-    words = tuple(next(source) for _ in range(count))
-    question = f"\nAgain: {' '.join(words[:-1])}"
-    others = _others(words[:-1], words[-1:], _endless_strings(spare))
-    return WordDraw(words, question, words[-1:], others)
-
-
-type _DrawWords = Callable[[int, np.random.Generator, np.random.Generator], WordDraw]
-
 # The fewest words that it works with, and what takes their number and generators as above.
-WORD_TASKS: dict[RetrievalTask, tuple[int, _DrawWords]] = {
+WORD_TASKS: dict[
+    RetrievalTask, tuple[int, Callable[[int, np.random.Generator, np.random.Generator], WordDraw]]
+] = {
     "common_words": (3 * _COMMON, _common_words),
     "frequent_words": (40, _frequent_words),
 }
-# The same for what is there to be trained on alone: half of its text can only be told by copying.
-COPY_TASKS: dict[RetrievalTask, tuple[int, _DrawWords]] = {"repetition": (2, _repetition)}
-LIST_TASKS = WORD_TASKS | COPY_TASKS
 
 
 # Two words too, so that a long text has names enough.
@@ -268,12 +252,6 @@ def _draw_codes(rng: np.random.Generator, count: int) -> tuple[str, ...]:
 def _endless_codes(rng: np.random.Generator) -> Iterator[str]:
     while True:
         yield str(rng.integers(_CODES.start, _CODES.stop))
-
-
-def _endless_strings(rng: np.random.Generator) -> Iterator[str]:
-    symbols = list(string.ascii_letters + string.digits)
-    while True:
-        yield from ("".join(row) for row in rng.choice(symbols, (64, 5)))
 
 
 def _endless_variables(rng: np.random.Generator) -> Iterator[str]:

@@ -16,7 +16,7 @@ from msa_jax.config import ArchitectureConfig, ConfigError, require, require_cho
 Source = Literal["stdlib", "files", "retrieval"]
 RetrievalTask = Literal[
     "passkey", "multi_key", "multi_value", "multi_query", "variable_tracking",
-    "question_answering", "common_words", "frequent_words", "repetition", "associative_recall",
+    "question_answering", "common_words", "frequent_words", "associative_recall",
     "many_needles", "mixture",
 ]  # fmt: skip
 Schedule = Literal["wsd", "cosine", "constant"]

@@ -31,6 +31,15 @@ def test_a_window_costs_what_msa_costs():
     assert other == pytest.approx(own, rel=0.005)
 
 
+def test_continued_pretraining_starts_from_the_gqa_model():
+    gqa, continued = load("gqa"), load("cpt")
+    assert continued.attention.kind == "msa"
+    assert continued.model == gqa.model
+    assert continued.attention.dense == gqa.attention
+    assert continued.train.init_from.endswith("/gqa_0")
+    assert continued.data.seed not in (0, 1)  # rows that the GQA models were not trained on
+
+
 def test_an_unknown_mixer_is_one_clear_error():
     with pytest.raises(ConfigError, match=r"config argument 'rnn': .* or one of gqa, mha, "):
         comparison.get_config("rnn")
