@@ -6,7 +6,8 @@ A grid of nine: lambda by steps of dense warm-up. Each is 500 steps of continued
 tokens from the comparison's GQA model, `runs/comparison/gqa_0`, which must have been trained.
 
 Hardware: one GPU of 80 GB.
-Expected result: docs/results.md.
+Expected result: losses of 0.557 to 0.558; score recall rises with the warm-up, by 0.8 points; see
+docs/results.md.
 """
 
 from msa_jax.train.sweep import Choice, Objective, Sweep
