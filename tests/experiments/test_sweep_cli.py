@@ -123,7 +123,7 @@ def test_a_missing_driver_is_named(monkeypatch, tmp_path, url, package):
         ("sparsity.py:grid", 3840),
         ("budget.py", 8),
         ("alignment.py", 9),
-        ("detach.py", 4),
+        ("detach.py", 6),
     ],
 )
 def test_the_sweeps_of_this_repository_are_valid(monkeypatch, file, trials):
