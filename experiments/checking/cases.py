@@ -71,6 +71,7 @@ class GradientCase:
       place: of the queries.
       chunked: whether the backward pass must go through its queries in several chunks.
       rematerialised: whether the backward pass attends again, keeping log-sum-exps alone.
+      stacked: whether the call is made in a scan over layers, which slices its arrays from a stack.
     """
 
     shape: Shape
@@ -79,6 +80,7 @@ class GradientCase:
     place: Place = WHOLE
     chunked: bool = False
     rematerialised: bool = False
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ def gradients() -> Iterator[Check]:
     for selection in ("learned", "random"):
         yield GradientCase(_comparison(), selection)
         yield GradientCase(_comparison(), selection, rematerialised=True)
+        yield GradientCase(_comparison(), selection, stacked=True)
     two = {"num_heads": 32, "num_kv_heads": 2, "batch": 2}
     yield GradientCase(shape(2048, **two), "random", chunked=True)
     yield GradientCase(shape(2048, **two), "strewn", place=Place(600, (1200, 1448)))

@@ -72,6 +72,7 @@ ATTENTION = [
 GRADIENTS = [
     GradientCase(tiny(), "masked"),
     GradientCase(tiny(), "random", rematerialised=True),
+    GradientCase(tiny(), "random", stacked=True),
     GradientCase(tiny(batch=2), "random", dtype="float16", place=PACKED),
 ]
 ALIGNMENT = [
