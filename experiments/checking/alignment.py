@@ -19,7 +19,7 @@ from experiments.checking.cases import (
     PREFIX,
     AlignmentCase,
 )
-from experiments.checking.gradients import seen_keys
+from experiments.checking.gradient_oracle import seen_keys
 from experiments.checking.judgement import Figure
 from experiments.checking.poison import poisoned
 from pallas_kernels import BlockSelection, index_kl
