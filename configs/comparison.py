@@ -122,7 +122,7 @@ def _matched(msa: ExperimentConfig, kind: str) -> ExperimentConfig:
 
 
 def _continued(gqa: ExperimentConfig) -> ExperimentConfig:
-    """MSA from the trained GQA model, on rows that it has not seen."""
+    """MSA from the trained GQA model: the sources in another order, other synthetic documents."""
     return dataclasses.replace(
         gqa,
         attention=dataclasses.replace(gqa.attention, kind="msa"),

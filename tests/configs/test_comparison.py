@@ -37,7 +37,7 @@ def test_continued_pretraining_starts_from_the_gqa_model():
     assert continued.model == gqa.model
     assert continued.attention.dense == gqa.attention
     assert continued.train.init_from.endswith("/gqa_0")
-    assert continued.data.seed not in (0, 1)  # rows that the GQA models were not trained on
+    assert continued.data.seed not in (0, 1)  # not the order of the GQA models again
 
 
 def test_an_unknown_mixer_is_one_clear_error():
