@@ -13,8 +13,8 @@ from experiments.benchmarking import checks, exact_rows
 from experiments.benchmarking.cases import Case as Shape
 from experiments.benchmarking.inputs import MainInputs, main_inputs
 from experiments.checking import oracle, selections
-from experiments.checking.cases import LSE_ERROR, OUTPUT_ERRORS, AttentionCase, Place, SelectionCase
-from experiments.checking.judgement import Figure
+from experiments.checking.cases import AttentionCase, Place, SelectionCase
+from experiments.checking.judgement import LSE_ERROR, OUTPUT_ERRORS, Figure
 from experiments.checking.poison import poisoned
 from pallas_kernels import BlockSelection, sparse_attention
 from pallas_kernels.sparse_attention import mosaic_gpu

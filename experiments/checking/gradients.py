@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from experiments.benchmarking import checks
 from experiments.checking import attention, selections
-from experiments.checking.cases import GRADIENT_ERRORS, GradientCase
+from experiments.checking.cases import GradientCase
 from experiments.checking.gradient_oracle import exact_gradients
-from experiments.checking.judgement import Figure
+from experiments.checking.judgement import GRADIENT_ERRORS, Figure
 from experiments.checking.poison import poisoned
 from pallas_kernels import BlockSelection, sparse_attention
 from pallas_kernels.residuals import LOG_SUM_EXP

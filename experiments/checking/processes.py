@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.checking.cases import MARK
-from experiments.checking.judgement import Record
+from experiments.checking.judgement import MARK, Record
 
 # XLA would try out float64 products for minutes, in memory that the groups share.
 XLA_FLAGS = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"

@@ -11,8 +11,8 @@ from jaxtyping import Array, Int
 from experiments.benchmarking.inputs import IndexInputs, index_inputs
 from experiments.checking import oracle, selection_oracle, selections
 from experiments.checking.attention import offset_array, sample
-from experiments.checking.cases import SCORE_GAP, SelectionCase
-from experiments.checking.judgement import Figure
+from experiments.checking.cases import SelectionCase
+from experiments.checking.judgement import SCORE_GAP, Figure
 from experiments.checking.poison import poisoned
 from pallas_kernels import select_blocks
 from pallas_kernels.select_blocks import mosaic_gpu

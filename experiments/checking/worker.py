@@ -16,7 +16,6 @@ import jax
 from experiments.benchmarking.jax_worker import describe
 from experiments.checking import alignment, attention, gradients, poison, precision, selection
 from experiments.checking.cases import (
-    MARK,
     AlignmentCase,
     AttentionCase,
     Check,
@@ -25,7 +24,7 @@ from experiments.checking.cases import (
     label,
 )
 from experiments.checking.groups import groups
-from experiments.checking.judgement import Figure, Record, record
+from experiments.checking.judgement import MARK, Figure, Record, record
 
 
 def figures_of(case: Check, implementation: str) -> dict[str, Figure]:

@@ -22,7 +22,6 @@ from experiments.checking import (
 )
 from experiments.checking import selections as made
 from experiments.checking.cases import (
-    MARK,
     PREFIX,
     AlignmentCase,
     AttentionCase,
@@ -34,7 +33,7 @@ from experiments.checking.cases import (
 )
 from experiments.checking.forward_cases import shape as full_shape
 from experiments.checking.groups import groups
-from experiments.checking.judgement import Figure, record
+from experiments.checking.judgement import MARK, Figure, record
 from experiments.checking.worker import run
 from pallas_kernels import BlockSelection, index_kl, select_blocks, sparse_attention
 
